@@ -1,0 +1,5 @@
+"""`python -m edgec`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Calibration: a folder of images becomes statistics, statistics become ranges."""

@@ -1,0 +1,361 @@
+"""The contract types: frozen dataclasses that the parts of edgec hand to each other. No I/O, no heavy imports.
+
+Units are in the names (`_ms`, `_bytes`, `_db`); points are percentage points, 0 to 100.
+A missing measurement is None, and `reason` says why; it is never an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import onnx_ir as ir
+
+# --------------------------------------------------------------------------------------------- progress
+
+#: `progress(what, done, total)`: called while something long runs; `total` is None where it is unknown.
+Progress = Callable[[str, int, int | None], None]
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """Report no progress: the default of every function that takes a `Progress`."""
+
+
+# --------------------------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number of a device profile, with its source; `unverified` where none could be checked."""
+
+    value: float
+    source: str | None = None
+    unverified: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What is known of a device: data only, read from devices.yaml."""
+
+    name: str
+    title: str
+    vendor: str
+    kind: Literal["cpu", "gpu", "soc"]
+    arch: str
+    features: tuple[str, ...] = ()
+    sm: float | None = None
+    cores: int | None = None
+    memory_gib: Fact | None = None
+    bandwidth_gb_s: Fact | None = None
+    peak_gflops: Mapping[str, Fact] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("float32",)
+    backends: tuple[str, ...] = ("ort",)
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    channel_multiple: int = 1
+    dla: int = 0
+    power_modes: tuple[str, ...] = ()
+    default_target: str | None = None
+    note: str | None = None
+    is_local: bool = False
+
+
+# --------------------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image file becomes a model input: `x = (pixel * scale - mean) / std`, after colour and resize.
+
+    `size` is (height, width), None for the model's own; `assumed` lists what was not stated by the user.
+    """
+
+    size: tuple[int, int] | None = None
+    resize: Literal["stretch", "letterbox", "crop"] = "stretch"
+    color: Literal["rgb", "bgr", "gray"] = "rgb"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One model input: name, numpy dtype name, shape with None where a dimension is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+# --------------------------------------------------------------------------------------------- ranges
+
+
+@dataclass(frozen=True)
+class Range:
+    """The interval of a tensor that quantization shall represent; always holds 0 when quantized."""
+
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStatistics:
+    """What one sweep over the images leaves of a tensor; its size does not depend on the number of images.
+
+    `min` and `max` are exact over all elements of all images. `histogram` (int64, 1-D, None when only
+    min and max were asked for) counts a fixed random subset of the elements, in equal bins over
+    [`low`, `high`]. `images` is how many images were seen.
+    """
+
+    min: float
+    max: float
+    images: int
+    histogram: np.ndarray | None = None
+    low: float = 0.0
+    high: float = 0.0
+
+
+class StatisticsProvider(Protocol):
+    """Statistics over the calibration images, for any model, handed to passes that need them."""
+
+    def collect(self, model: ir.Model, tensors: tuple[str, ...]) -> dict[str, TensorStatistics]:
+        """Return the statistics of the named tensors of `model`."""
+
+
+# --------------------------------------------------------------------------------------------- quantization
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How a backend on a device wants its integers: a row of that backend's table.
+
+    `activation` and `weight` are ONNX integer type names in lower case. `weight_max` is the largest
+    magnitude a quantized weight may take (127, or 63 where 8-bit products can saturate).
+    """
+
+    name: str
+    activation: Literal["uint8", "int8"]
+    symmetric: bool
+    weight: Literal["int8", "uint8"] = "int8"
+    weight_max: int = 127
+    per_channel: bool = True
+    bias: Literal["int32", "float32"] = "int32"
+    stored_weights: Literal["integer", "float"] = "integer"
+    both_add_inputs: bool = True
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class OpSupport:
+    """What a backend can do with one operator in integers: a row of its support table.
+
+    `role` says how the operator is quantized:
+      linear   activation input 0, weight input 1, bias input 2; its own scale on the output
+      combine  every input is an activation with a scale of its own, and so is the output
+      move     data movement: input and output share one scale, so nothing is rounded again
+    `output` says whether the integer kernel needs a quantized output ("required") or can also give
+    floats ("optional"). `needs` are conditions on the node, checked by name (see passes/quantize.py).
+    """
+
+    op: str
+    role: Literal["linear", "combine", "move"]
+    activations: tuple[str, ...] = ("uint8", "int8")
+    weights: tuple[str, ...] = ()
+    output: Literal["required", "optional"] = "required"
+    needs: tuple[str, ...] = ()
+
+
+# --------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that could have been rewritten but was not: which, by which rule, and why."""
+
+    node: str
+    rule: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An exact pass compared with the original model on sample inputs, ONNX Runtime's optimisations off.
+
+    `error` is the largest difference relative to the output's largest magnitude; None with a `reason`
+    where the proof was not made.
+    """
+
+    error: float | None
+    tolerance: float
+    samples: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: the report's row."""
+
+    name: str
+    stage: str
+    exact: bool
+    modified: bool
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    rewrites: int = 0
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+    proof: Proof | None = None
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """How close one output is to the reference, over all images. Ratios are of energies, in float64."""
+
+    name: str
+    sqnr_db: float | None
+    cosine: float | None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well a model does the original's job on held-out images.
+
+    `metric` is one of top1, agreement, boxes, energy, or the user's own; `reference` and `value` are
+    that figure for the original and for this model; `drop` is what was lost, in points, with its paired
+    95 % interval (`drop_low`, `drop_high`). None with a `reason` where nothing could be judged.
+    """
+
+    metric: str
+    images: int
+    reference: float | None
+    value: float | None
+    drop: float | None
+    drop_low: float | None
+    drop_high: float | None
+    outputs: tuple[OutputFidelity, ...] = ()
+    top5: float | None = None
+    reference_top5: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Latency of one artifact on one target: milliseconds for one call, the interval is of the median."""
+
+    name: str
+    target: str
+    median_ms: float | None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+    runs: int = 0
+    threads: int = 0
+    batch: int = 1
+    provider: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the result, for `inspect --layers`.
+
+    `sqnr_db` is the error of this layer alone at its output, its inputs and weights quantized from the
+    float tensors; None with a `reason` where the layer is in float or was not judged.
+    """
+
+    node: str
+    op: str
+    precision: str
+    output_range: Range | None = None
+    scale: float | None = None
+    sqnr_db: float | None = None
+    macs: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a backend made of a graph: files (relative to `folder`), to be opened by that backend."""
+
+    backend: str
+    precision: str
+    folder: Path
+    model: str
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One candidate that was built and judged on the way to the result: a row of the report's table."""
+
+    name: str
+    precision: str
+    measurement: Measurement
+    fidelity: Fidelity | None
+    size_bytes: int
+    chosen: bool
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user will not give up: points of the fidelity figure, milliseconds, bytes."""
+
+    max_drop: float = 1.0
+    max_latency_ms: float | None = None
+    max_size_bytes: int | None = None
+    drop_stated: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationSummary:
+    """What was calibrated on: counts of images, skipped files with their reasons, speed, cache hit or not."""
+
+    folder: str
+    images: int
+    held_out: int
+    method: str
+    skipped: tuple[Refusal, ...] = ()
+    images_per_second: float | None = None
+    cached: bool = False
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a compile found out; terminal, JSON and HTML are three views of it."""
+
+    model: str
+    device: DeviceProfile
+    backend: str
+    target: str
+    precision: str
+    headline: str
+    original: Measurement
+    baseline: Measurement
+    result: Measurement
+    fidelity: Fidelity | None
+    budget: Budget
+    size_before_bytes: int
+    size_after_bytes: int
+    passes: tuple[PassRecord, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    calibration: CalibrationSummary | None = None
+    preprocess: Preprocess | None = None
+    warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
+    seconds: float = 0.0
+    seed: int = 0

@@ -1,0 +1,1 @@
+"""Graph passes: one file a pass, plus base.py (the contract) and registry.py (the list)."""

@@ -1,0 +1,23 @@
+"""The one list of passes: name -> "module:Class", in the order in which they usually run. Imported lazily."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import Pass
+
+PASSES: dict[str, str] = {
+    "raise-opset": "raise_opset:RaiseOpset",
+    "normalise": "normalise:Normalise",
+    "fold-batch-norm": "fold_batch_norm:FoldBatchNorm",
+    "quantize": "quantize:Quantize",
+}
+
+
+def load(name: str) -> type[Pass]:
+    """Return the class of the pass called `name`; KeyError if there is none."""
+    module, _, cls = PASSES[name].partition(":")
+    found: type[Pass] = getattr(importlib.import_module(f".{module}", __package__), cls)
+    return found
