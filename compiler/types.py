@@ -137,6 +137,10 @@ class QuantScheme:
 
     `activation` and `weight` are ONNX integer type names in lower case. `weight_max` is the largest
     magnitude a quantized weight may take (127, or 63 where 8-bit products can saturate).
+    `placement` says where Q/DQ pairs stand: "kernels" puts them around every node that has an integer
+    kernel, inputs and output; "inputs" only in front of linear nodes and on the skip branch of an Add.
+    `shield_float`: the runtime quantizes a float layer that it finds between DequantizeLinear and
+    QuantizeLinear by itself, with one scale for all channels; a layer kept in float must be shielded from that.
     """
 
     name: str
@@ -147,7 +151,8 @@ class QuantScheme:
     per_channel: bool = True
     bias: Literal["int32", "float32"] = "int32"
     stored_weights: Literal["integer", "float"] = "integer"
-    both_add_inputs: bool = True
+    placement: Literal["kernels", "inputs"] = "kernels"
+    shield_float: bool = False
     source: str = ""
 
 
@@ -248,7 +253,11 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Latency of one artifact on one target: milliseconds for one call, the interval is of the median."""
+    """Latency of one artifact on one target: milliseconds for one call.
+
+    `low_ms` and `high_ms` are the 95 % interval of the median. `speedup` is the baseline's time over this
+    one's, the median of pairs taken in the same rounds, with its own 95 % interval; None for the baseline.
+    """
 
     name: str
     target: str
@@ -262,6 +271,9 @@ class Measurement:
     batch: int = 1
     provider: str | None = None
     reason: str | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
 
 
 @dataclass(frozen=True)

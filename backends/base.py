@@ -1,0 +1,65 @@
+"""The backend contract: what it supports, how it lowers a model file, how it opens what it made.
+
+To add a backend: a file here (its tables first, its class second) and a line in BACKENDS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from ..compiler.errors import UserError
+from ..compiler.types import Artifact, DeviceProfile, InputSpec, OpSupport, QuantScheme, Refusal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+BACKENDS: dict[str, str] = {"ort": "ort:OnnxRuntime", "tensorrt": "tensorrt:TensorRT"}
+#: Named on the command line, but not in this version: said in one line instead of "unknown".
+PLANNED: dict[str, str] = {"tvm": "the TVM backend is not in this version of edgec"}
+
+
+class Runner(Protocol):
+    """An opened artifact: arrays in, arrays out, by name."""
+
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    provider: str
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once; `feed` holds every input."""
+
+
+class Backend(Protocol):
+    """Turns a model file into an artifact for a device, and an artifact into a runner."""
+
+    name: ClassVar[str]
+    supports: ClassVar[tuple[OpSupport, ...]]
+
+    def unavailable(self) -> UserError | None:
+        """Return why the backend cannot run on this machine, or None."""
+
+    def schemes(self, profile: DeviceProfile) -> Mapping[str, QuantScheme | str]:
+        """Return, for every precision edgec knows, the scheme to use on the device or why it cannot be had."""
+
+    def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
+        """Return what in the model the backend cannot run, before anything is built."""
+
+    def lower(self, model: Path, profile: DeviceProfile, precision: str) -> Artifact:
+        """Make an artifact in the folder where the ONNX file `model` lies."""
+
+    def open(self, artifact: Artifact, threads: int) -> Runner:
+        """Open an artifact on this machine. UnavailableError where the toolchain is missing."""
+
+
+def load(name: str) -> Backend:
+    """Return the backend called `name`; UserError if there is none."""
+    if name not in BACKENDS:
+        why = PLANNED.get(name, f"unknown backend {name!r}")
+        raise UserError(why, fix=f"choose one of: auto, {', '.join(BACKENDS)}")
+    module, _, cls = BACKENDS[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
+    return backend

@@ -1,0 +1,88 @@
+"""Interleaved latency measurement and its statistics.
+
+The candidates run in turn, A B C A B C …, in one process, so that a drift of the machine's speed hits all alike.
+Per candidate: median, p90, p99, and a 95 % interval of the median that assumes no distribution: with n ordered
+samples the interval lies between the ranks n/2 -+ 1.96 sqrt(n)/2 (binomial, normal approximation; see e.g.
+Le Boudec, Performance Evaluation of Computer and Communication Systems, 2010, ch. 2). The speed-up is the median of
+the per-round ratios baseline / candidate, its interval by the same ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ...compiler.types import Measurement, Progress, silent
+
+#: Rounds below which no 95 % interval can be stated with the ranks above.
+MIN_ROUNDS = 30
+
+
+def median_interval(samples: np.ndarray) -> tuple[float, float, float]:
+    """Return (median, low, high) of a 1-D array, low and high being the 95 % interval of the median."""
+    ordered = np.sort(samples)
+    n = len(ordered)
+    half = 1.96 * math.sqrt(n) / 2
+    low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
+    return float(np.median(ordered)), float(ordered[low]), float(ordered[high])
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 4.0,
+    warm_up: float = 0.3,
+    min_rounds: int = 50,
+    max_rounds: int = 2000,
+    progress: Progress = silent,
+) -> dict[str, np.ndarray]:
+    """Time the calls in turn and return their samples in milliseconds, round by round (equal lengths).
+
+    Runs for `seconds` in all, but at least `min_rounds` and at most `max_rounds` rounds. Each call is warmed up
+    first, for its share of `warm_up` seconds and at least three times.
+    """
+    for call in calls.values():
+        end, runs = time.perf_counter() + warm_up, 0
+        while runs < 3 or time.perf_counter() < end:
+            call()
+            runs += 1
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() < end):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append((time.perf_counter() - start) * 1e3)
+        rounds += 1
+        progress("measuring latency", rounds, None)
+    return {name: np.array(values) for name, values in samples.items()}
+
+
+def summarise(
+    samples: Mapping[str, np.ndarray], baseline: str, *, target: str, threads: int, batch: int, providers: Mapping[str, str]
+) -> dict[str, Measurement]:
+    """Turn samples in milliseconds into measurements; `baseline` names the one that the others are compared with."""
+    result = {}
+    for name, values in samples.items():
+        median, low, high = median_interval(values)
+        ratio = median_interval(samples[baseline] / values) if name != baseline else (None, None, None)
+        result[name] = Measurement(
+            name=name,
+            target=target,
+            median_ms=median,
+            low_ms=low,
+            high_ms=high,
+            p90_ms=float(np.percentile(values, 90)),
+            p99_ms=float(np.percentile(values, 99)),
+            runs=len(values),
+            threads=threads,
+            batch=batch,
+            provider=providers[name],
+            speedup=ratio[0],
+            speedup_low=ratio[1],
+            speedup_high=ratio[2],
+        )
+    return result

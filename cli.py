@@ -1,0 +1,254 @@
+"""The command line: parse, call the API, print. Heavy imports stand inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._version import __version__
+from .compiler import options as parse
+from .compiler.errors import OutputError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .compiler.types import Progress
+
+_FILE = click.Path(path_type=Path)
+_EPILOG = "Exit codes: 0 done, 2 wrong input, 3 a stated budget cannot be met, 4 a target or toolchain is missing, 1 a bug."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.version_option(__version__, prog_name="edgec")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr.")
+def cli(verbose: bool) -> None:
+    """Compile ONNX networks for a named edge device, with the proof attached.
+
+    \b
+    edgec compile model.onnx --calib images/        the fastest model for this machine that still does its job
+    edgec inspect model.edgec --layers              what was done, layer by layer, and why
+    edgec bench model.edgec --against model.onnx    its latency, measured here
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(name)s: %(message)s")
+
+
+def main() -> None:
+    """Run the command line; a person's mistake is a message and an exit code, a bug keeps its traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except UserError as error:
+        click.echo(f"edgec: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("edgec: interrupted; nothing was left behind", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = OutputError("the disk is full", where=error.filename, fix="free some space and run it again")
+        click.echo(f"edgec: {full}", err=True)
+        sys.exit(2)
+
+
+@cli.command()
+@click.argument("model", type=_FILE)
+@click.option("-o", "--out", type=_FILE, help="Folder for the bundle.  [default: MODEL's name + .edgec]")
+@click.option("--device", default="local", show_default=True, help="Named device (see: edgec devices).")
+@click.option("--backend", default="auto", show_default=True, help="auto, ort or tensorrt.")
+@click.option("--target", metavar="URL", help="Where to measure: local.")
+@click.option("--calib", type=_FILE, metavar="DIR", help="Images to calibrate on; a fifth of them is held out to judge by.")
+@click.option("--ranges", type=_FILE, metavar="FILE", help="Ranges from edgec calibrate, in place of --calib.")
+@click.option("--eval", "eval_", type=_FILE, metavar="DIR", help="Images to judge by; its sub-folders are the classes.")
+@click.option("--metric", metavar="MODULE:FUNCTION", help="Your own judge: outputs -> boxes, or (outputs, reference) -> 0..1.")
+@click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.  [default: MODEL-stem.preprocess.yaml]")
+@click.option("--precision", type=click.Choice(parse.PRECISIONS), default="auto", show_default=True)
+@click.option("--method", type=click.Choice(parse.METHODS), default="auto", show_default=True, help="How ranges are chosen.")
+@click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")
+@click.option("--max-latency", metavar="TIME", help="E.g. 5ms.")
+@click.option("--max-size", metavar="SIZE", help="E.g. 4MB.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--verify", is_flag=True, help="Prove exact passes also on models over 1 GB.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+def compile(model: Path, out: Path | None, max_drop: str | None, max_latency: str | None, max_size: str | None, eval_: Path | None, as_json: bool, **rest: Any) -> None:
+    """Compile MODEL (.onnx) into a bundle: the fastest artifact that still does its job, and its report.
+
+    \b
+    Without --calib only exact passes run. With it, INT8 is tried, judged on held-out images, and kept if it is
+    measurably faster and loses no more than --max-drop.
+    """
+    from .compiler import api
+
+    folder = out or Path(f"{model.stem}.edgec")
+    budget = {
+        "max_drop": parse.parse_points(max_drop) if max_drop else None,
+        "max_latency_ms": parse.parse_milliseconds(max_latency) if max_latency else None,
+        "max_size_bytes": parse.parse_bytes(max_size) if max_size else None,
+    }
+    with _progress() as progress:
+        report = api.compile(model, folder, eval=eval_, progress=progress, **budget, **rest)
+    from .compiler.report import serial, terminal
+
+    if as_json:
+        _print_json(serial.to_json(report))
+        return
+    terminal.render(report, _console())
+    click.echo(f"\nBundle  {folder}\nReport  {folder / 'report.html'}")
+
+
+@cli.command()
+@click.argument("model", type=_FILE)
+@click.argument("images", type=_FILE)
+@click.option("-o", "--out", type=_FILE, required=True, help="The ranges file to write (JSON).")
+@click.option("--method", type=click.Choice(parse.METHODS), default="auto", show_default=True)
+@click.option("--device", default="local", show_default=True, help="Whose quantization the ranges are for.")
+@click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
+    """Find the range of each tensor of MODEL on a folder of IMAGES; compile --ranges takes the result."""
+    from .compiler import api
+
+    with _progress() as progress:
+        ranges = api.calibrate(model, images, out, progress=progress, **rest)
+    click.echo(f"{len(ranges)} ranges written to {out}", err=True)
+
+
+@cli.command("eval")
+@click.argument("model", type=_FILE, metavar="BUNDLE|MODEL")
+@click.argument("images", type=_FILE)
+@click.option("--against", type=_FILE, metavar="MODEL", help="The reference.  [default: the bundle's original]")
+@click.option("--metric", metavar="MODULE:FUNCTION", help="Your own judge: outputs -> boxes, or (outputs, reference) -> 0..1.")
+@click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def evaluate(model: Path, images: Path, against: Path | None, as_json: bool, **rest: Any) -> None:
+    """Judge a bundle or a model on IMAGES: by labels where the sub-folders are classes, else beside the original."""
+    from .compiler import api, evaluation
+
+    with _progress() as progress:
+        result = api.evaluate(model, images, against=against, progress=progress, **rest)
+    if as_json:
+        _print_json(evaluation.to_json(model, against, result))
+        return
+    from .compiler.report import terminal
+
+    terminal.render_fidelity(result, _console())
+
+
+@cli.command()
+@click.argument("path", type=_FILE, metavar="BUNDLE|MODEL|REPORT")
+@click.option("--against", type=_FILE, metavar="OTHER", help="Show the two side by side.")
+@click.option("--layers", is_flag=True, help="Each layer: precision, scale, own error, MACs.")
+@click.option("--why", is_flag=True, help="Each node that was left as it was, and the reason.")
+@click.option("--html", type=_FILE, metavar="FILE", help="Write the report's page.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def inspect(path: Path, against: Path | None, layers: bool, why: bool, html: Path | None, as_json: bool) -> None:
+    """Show what a bundle, a report.json or an ONNX file holds."""
+    from .compiler import api, show
+
+    show.inspect(api.inspect(path), api.inspect(against) if against else None, _console(), layers=layers, why=why, html=html, as_json=as_json)
+
+
+@cli.command()
+@click.argument("model", type=_FILE, metavar="BUNDLE|MODEL")
+@click.option("--against", type=_FILE, metavar="MODEL", help="The baseline, measured interleaved.")
+@click.option("--target", default="local", show_default=True, help="Where to measure.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+@click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="How long to measure.")
+@click.option("--profile", is_flag=True, help="Time per operator as well.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def bench(model: Path, profile: bool, as_json: bool, **rest: Any) -> None:
+    """Measure the latency of a bundle or a model on this machine: median, 95 % interval, p90, p99."""
+    from .compiler import api, show
+
+    with _progress() as progress:
+        measured = api.bench(model, progress=progress, **rest)
+    show.bench(model, measured, _console(), threads=rest["threads"], profile=profile, as_json=as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+def devices(name: str | None) -> None:
+    """List the devices, or show the profile of NAME, each number with its source."""
+    from .compiler import devices as table
+    from .compiler.report import terminal
+
+    if name:
+        terminal.render_device(table.find(name), _console())
+    else:
+        terminal.render_devices(list(table.load_profiles().values()), _console())
+
+
+@cli.command()
+@click.option("--target", default="local", show_default=True, help="What to examine.")
+def doctor(target: str) -> None:
+    """Say what this machine has, what is missing, and how to get it."""
+    from .compiler import doctor as examiner
+    from .compiler.errors import UnavailableError
+    from .compiler.report import terminal
+
+    if target != "local":
+        raise UnavailableError(f"target {target!r} is not in this version of edgec", where="--target", fix="run edgec doctor on the device itself")
+    terminal.render_findings(examiner.examine(), _console())
+
+
+# ------------------------------------------------------------------------------------------ printing
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print_json(document: object) -> None:
+    click.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Show a bar with rate and time left on stderr, on a terminal only."""
+    from .compiler.types import silent
+
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _bar_updater(bar)
+
+
+def _bar_updater(bar: Any) -> Callable[[str, int, int | None], None]:
+    tasks: dict[str, Any] = {}
+
+    def update(what: str, done: int, total: int | None) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total, rate="")
+        task = bar.tasks[bar.task_ids.index(tasks[what])]
+        rate = f"{task.speed:,.0f}/s" if task.speed else ""
+        bar.update(tasks[what], completed=done, total=total, rate=rate)
+
+    return update

@@ -1,0 +1,156 @@
+"""The public Python API: the command line's verbs as functions. Paths may be str or Path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import bundle as bundles
+from . import devices as device_table
+from .bundle import Bundle, open_bundle
+from .errors import UnavailableError
+from .inspection import Inspection, inspect
+from .options import Options
+from .types import Budget, DeviceProfile, Fidelity, Measurement, Progress, Range, Report, silent
+
+__all__ = ["Bundle", "bench", "calibrate", "compile", "devices", "evaluate", "inspect", "open_bundle", "Inspection"]
+
+PathLike = str | Path
+
+
+def compile(
+    model: PathLike,
+    out: PathLike,
+    *,
+    device: str = "local",
+    backend: str = "auto",
+    target: str | None = None,
+    calib: PathLike | None = None,
+    ranges: PathLike | None = None,
+    eval: PathLike | None = None,
+    metric: str | None = None,
+    preprocess: str | None = None,
+    precision: str = "auto",
+    method: str = "auto",
+    max_drop: float | None = None,
+    max_latency_ms: float | None = None,
+    max_size_bytes: int | None = None,
+    threads: int = 0,
+    seed: int = 0,
+    verify: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Compile an ONNX file for a device, leave a bundle in the folder `out`, and return the report.
+
+    `max_drop` is in points (1.0 where None, then a named precision may exceed it). Raises the classes of
+    compiler/errors.py; each message says what, where and how to fix.
+    """
+    from . import driver
+
+    budget = Budget(1.0 if max_drop is None else max_drop, max_latency_ms, max_size_bytes, max_drop is not None)
+    options = Options(
+        device=device,
+        backend=backend,
+        target=target,
+        calib=_path(calib),
+        ranges=_path(ranges),
+        eval=_path(eval),
+        metric=metric,
+        preprocess=preprocess,
+        precision=precision,
+        method=method,
+        budget=budget,
+        threads=threads,
+        seed=seed,
+        verify=verify,
+        force=force,
+    )
+    return driver.compile(Path(model), Path(out), options, progress)
+
+
+def calibrate(
+    model: PathLike,
+    images: PathLike,
+    out: PathLike | None = None,
+    *,
+    method: str = "auto",
+    device: str = "local",
+    preprocess: str | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Range]:
+    """Return the range of every tensor that quantization on `device` asks for; write them to `out` as JSON.
+
+    The tensors are those of the model after the exact passes, which is what `compile --ranges` expects.
+    """
+    from . import calibration
+
+    return calibration.calibrate(
+        Path(model), Path(images), _path(out), method=method, device=device, preprocess=preprocess,
+        seed=seed, threads=threads, progress=progress,
+    )  # fmt: skip
+
+
+def evaluate(
+    model: PathLike,
+    images: PathLike,
+    *,
+    against: PathLike | None = None,
+    metric: str | None = None,
+    preprocess: str | None = None,
+    threads: int = 0,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Fidelity:
+    """Judge a bundle or an ONNX file on a folder of images, beside its original or the model `against`."""
+    from . import evaluation
+
+    return evaluation.evaluate(
+        Path(model), Path(images), against=_path(against), metric=metric, preprocess=preprocess,
+        threads=threads, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def bench(
+    model: PathLike,
+    *,
+    against: PathLike | None = None,
+    target: str = "local",
+    threads: int = 0,
+    seconds: float = 4.0,
+    progress: Progress = silent,
+) -> list[Measurement]:
+    """Measure a bundle or an ONNX file on this machine, interleaved with `against` where given.
+
+    `against` is the baseline of the speed-up; a bundle that carries its FP32 baseline is compared with that. Raises
+    UnavailableError where the bundle's backend or the target is not here.
+    """
+    from ..backends.targets.local import LocalTarget
+    from . import evaluation
+    from . import model as model_io
+
+    if target != "local":
+        raise UnavailableError(f"target {target!r} is not in this version of edgec", where="--target", fix="run edgec bench on the device itself")
+    path, count = Path(model), threads or len(os.sched_getaffinity(0))
+    carried = path / bundles.BASELINE
+    other = _path(against) or (carried if carried.is_file() else None)
+    runners = {path.name: evaluation.open_any(path, count)}
+    if other is not None:
+        runners[f"{other.name} (baseline)"] = evaluation.open_any(other, count)
+    baseline = list(runners)[-1]
+    feed = model_io.sample_inputs(runners[path.name].inputs, seed=0)
+    measured = LocalTarget().measure(runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress)
+    return [measured[name] for name in runners]
+
+
+def devices(name: str | None = None) -> Sequence[DeviceProfile]:
+    """Return all device profiles, or the one called `name`. DeviceError if there is none."""
+    return [device_table.find(name)] if name else list(device_table.load_profiles().values())
+
+
+def _path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path)
+

@@ -1,0 +1,58 @@
+"""calibrate(): a model and a folder of images become a ranges file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .._version import __version__
+from ..backends import base as backends
+from ..calib import cache, folder
+from ..calib import preprocess as preprocessing
+from ..calib import ranges as calib_ranges
+from . import devices, pipeline
+from . import model as model_io
+from .errors import DeviceError
+from .proof import Prover
+from .quantizer import DEFAULT_METHOD, choose_ranges, observed
+from .types import Progress, Range
+
+
+def calibrate(
+    path: Path,
+    images: Path,
+    out: Path | None,
+    *,
+    method: str,
+    device: str,
+    preprocess: str | None,
+    seed: int,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Range]:
+    """See api.calibrate."""
+    profile = devices.find(device)
+    backend = backends.load(profile.backends[0])
+    scheme = backend.schemes(profile)["int8"]
+    if isinstance(scheme, str):
+        raise DeviceError(scheme, where=f"--device {device}", fix="choose a device with INT8: edgec devices")
+    original = model_io.load(path)
+    specs = model_io.input_specs(original)
+    pre = preprocessing.resolve(preprocess, path, specs[0])
+    data = folder.open_folder(images, pre, specs)
+    model, _ = pipeline.run(original, pipeline.exact_passes(for_integers=True), Prover(original))
+    chosen = DEFAULT_METHOD if method == "auto" else method
+    found = cache.collect_cached(
+        model,
+        observed(model, backend.supports),
+        data,
+        histogram=chosen != "minmax",
+        seed=seed,
+        threads=threads,
+        progress=progress,
+    )
+    ranges = choose_ranges(found.statistics, chosen, scheme)
+    if out is not None:
+        meta = {"method": chosen, "images": len(data), "key": found.key, "edgec": __version__, "model": path.name}
+        calib_ranges.to_json(ranges, out, meta)
+    return ranges
+

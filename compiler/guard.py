@@ -1,0 +1,88 @@
+"""The guard: which of the candidates is handed over, and why the others are not.
+
+What the user names is obeyed. What is left to `auto` is chosen among the candidates inside the budget: the fastest one
+that is *shown* to be faster than the float baseline (the whole 95 % interval of the speed-up above 1), else the
+baseline. Where nothing could be measured, the smallest precision inside the budget is taken, and that is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .types import Attempt, Budget
+
+
+def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None) -> tuple[Attempt, ...]:
+    """Return the attempts with exactly one chosen and a verdict on each.
+
+    The first attempt is the float baseline. `named` is the precision that the user asked for, None for auto.
+    """
+    problems = [_problem(a, budget) for a in attempts]
+    if named is not None:
+        winner = _named(attempts, problems, named)
+    else:
+        winner = _fastest(attempts, problems)
+    return tuple(
+        replace(a, chosen=i == winner, verdict=_verdict(a, problems[i], i == winner, named, i == 0))
+        for i, a in enumerate(attempts)
+    )
+
+
+def broken(attempt: Attempt, budget: Budget) -> str | None:
+    """Return which stated or default budget the attempt breaks, or None."""
+    return _problem(attempt, budget)
+
+
+def _problem(attempt: Attempt, budget: Budget) -> str | None:
+    f, m = attempt.fidelity, attempt.measurement
+    if f is not None and f.drop is not None and f.drop > budget.max_drop:
+        return f"loses {f.drop:.2f} points of {f.metric}, more than {budget.max_drop:g}"
+    if budget.max_latency_ms is not None and m.median_ms is not None and m.median_ms > budget.max_latency_ms:
+        return f"takes {m.median_ms:.3g} ms, more than {budget.max_latency_ms:g}"
+    if budget.max_size_bytes is not None and attempt.size_bytes > budget.max_size_bytes:
+        return f"is {attempt.size_bytes / 1e3:.0f} kB, more than {budget.max_size_bytes / 1e3:.0f}"
+    return None
+
+
+def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: str) -> int:
+    """The first attempt of the named precision that is inside the budget, else the first of that precision."""
+    of_it = [i for i, a in enumerate(attempts) if a.precision == named]
+    return next((i for i in of_it if problems[i] is None), of_it[0])
+
+
+def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None]) -> int:
+    inside = [i for i, a in enumerate(attempts) if problems[i] is None]
+    if not inside:
+        return 0
+    if attempts[0].measurement.median_ms is None:
+        return inside[-1] if 0 not in inside or len(inside) == 1 else next(i for i in inside if i != 0)
+    faster = [i for i in inside if i and _shown_faster(attempts[i])]
+    if faster:
+        return min(faster, key=lambda i: attempts[i].measurement.median_ms or float("inf"))
+    return 0 if 0 in inside else inside[0]
+
+
+def _shown_faster(attempt: Attempt) -> bool:
+    low = attempt.measurement.speedup_low
+    return low is not None and low > 1.0
+
+
+def _verdict(attempt: Attempt, problem: str | None, chosen: bool, named: str | None, baseline: bool) -> str:
+    if problem is not None:
+        return f"asked for, but {problem}" if chosen and named else problem
+    if chosen:
+        return _reason(attempt, named, baseline)
+    if baseline:
+        return "the baseline"
+    if attempt.measurement.median_ms is None:
+        return "inside the budget"
+    return "inside the budget, but slower than the chosen one" if _shown_faster(attempt) else "not shown to be faster than FP32"
+
+
+def _reason(attempt: Attempt, named: str | None, baseline: bool) -> str:
+    if named:
+        return "asked for"
+    if attempt.measurement.median_ms is None:
+        return "inside the budget; speed not measured"
+    return "nothing else is faster inside the budget" if baseline else "the fastest inside the budget"

@@ -1,0 +1,106 @@
+"""The layers of an ONNX graph as a person wants to see them: operator, precision, scale, MACs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from .types import Layer, Range, Refusal
+
+#: Operators that count as layers: those that hold weights or do the arithmetic.
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_LIMITS = {ir.DataType.UINT8: (0, 255), ir.DataType.INT8: (-128, 127)}
+
+
+def describe(
+    model: ir.Model, errors: Mapping[str, float] | None = None, refusals: tuple[Refusal, ...] = ()
+) -> tuple[Layer, ...]:
+    """Return one Layer for each linear node; `errors` are the layers' own SQNR in dB by node name."""
+    errors = errors or {}
+    reasons = {r.node: r.why for r in refusals}
+    layers = []
+    for node in model.graph:
+        if node.op_type not in LINEAR or node.domain not in ("", "ai.onnx"):
+            continue
+        name = node.name or node.op_type
+        dtype = _dequantized_from(node.inputs[0])
+        scale, span = _output_scale(node)
+        layers.append(
+            Layer(
+                node=name,
+                op=node.op_type,
+                precision=_precision(node, dtype),
+                output_range=span,
+                scale=scale,
+                sqnr_db=errors.get(name),
+                macs=macs(node),
+                reason=reasons.get(name) if dtype is None else None,
+            )
+        )
+    return tuple(layers)
+
+
+def macs(node: ir.Node) -> int | None:
+    """Return the multiply-accumulates of a linear node for one image; None where shapes are unknown."""
+    weight, out = node.inputs[1] if len(node.inputs) > 1 else None, node.outputs[0]
+    shape = weight.shape if weight is not None else None
+    if shape is None or out.shape is None or any(not isinstance(d, int) for d in shape):
+        return None
+    sizes = [d if isinstance(d, int) else None for d in out.shape]
+    if any(s is None for s in sizes[1:]):
+        return None
+    positions = math.prod(s for s in sizes[1:] if s is not None)
+    dims = [int(d) for d in shape]  # type: ignore[call-overload]  # checked to be ints above
+    if node.op_type == "Conv":
+        return positions * math.prod(dims[1:])
+    if node.op_type == "ConvTranspose":
+        source = node.inputs[0]
+        if source is None or source.shape is None or any(not isinstance(d, int) for d in source.shape[1:]):
+            return None
+        return math.prod(int(d) for d in source.shape[1:]) * math.prod(dims[1:])
+    if node.op_type == "Gemm":
+        return math.prod(dims)
+    return positions * dims[-2] if len(dims) >= 2 else None
+
+
+def _dequantized_from(value: ir.Value | None) -> ir.DataType | None:
+    producer = value.producer() if value is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear" or producer.inputs[0] is None:
+        return None
+    return producer.inputs[0].dtype
+
+
+def _precision(node: ir.Node, activation: ir.DataType | None) -> str:
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    stored = _dequantized_from(weight)
+    if activation is not None and stored is not None:
+        return f"{activation.name.lower()} x {stored.name.lower()}"
+    if stored is not None:
+        return f"weights {stored.name.lower()}"
+    dtype = weight.dtype if weight is not None else None
+    return "float32" if dtype in (None, ir.DataType.FLOAT) else dtype.name.lower()
+
+
+def _output_scale(node: ir.Node) -> tuple[float | None, Range | None]:
+    """Return scale and represented range of the QuantizeLinear that takes the output, if one does."""
+    value = node.outputs[0]
+    for _ in range(2):  # the node itself, then the activation that alone follows it
+        uses = tuple(value.uses())
+        quantize = next((u.node for u in uses if u.node.op_type == "QuantizeLinear"), None)
+        if quantize is not None:
+            return _scale_of(quantize)
+        if len(uses) != 1 or uses[0].node.op_type not in ("Relu", "Clip"):
+            break
+        value = uses[0].node.outputs[0]
+    return None, None
+
+
+def _scale_of(quantize: ir.Node) -> tuple[float | None, Range | None]:
+    scale, zero = quantize.inputs[1], quantize.inputs[2] if len(quantize.inputs) > 2 else None
+    if scale is None or scale.const_value is None or zero is None or zero.const_value is None or zero.const_value.size != 1:
+        return None, None
+    s, z = float(scale.const_value.numpy()), int(zero.const_value.numpy())
+    low, high = _LIMITS.get(zero.const_value.dtype, (0, 0))
+    return s, Range((low - z) * s, (high - z) * s)

@@ -1,0 +1,339 @@
+"""The report's tables as data: cells are text, ready to be set by the terminal or by the HTML view.
+
+A column holds one kind of number, its unit in the heading; measured and predicted figures never share one.
+What is the same in all rows (threads, runs, provider) is said once beneath the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..types import (
+    Attempt,
+    Budget,
+    Fidelity,
+    Layer,
+    Measurement,
+    PassRecord,
+    Proof,
+    Range,
+    Refusal,
+    Report,
+)
+from . import text
+
+FLOATS = ("float", "fp32", "fp16", "bf16", "bfloat", "double")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; numbers stand on the right and are never wrapped."""
+
+    title: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; `strong` is the row to point out, `notes` are the sentences beneath."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    strong: int | None = None
+
+
+def columns(*titles: str) -> tuple[Column, ...]:
+    """Columns from their headings; a leading # marks numbers."""
+    return tuple(Column(t.removeprefix("#"), t.startswith("#")) for t in titles)
+
+
+# ------------------------------------------------------------------------------------------ latency
+
+#: What is usually alike in all rows: attribute, heading, and how it reads in the sentence beneath.
+_SHARED: tuple[tuple[str, str, str], ...] = (
+    ("target", "target", "on {}"),
+    ("provider", "provider", "{}"),
+    ("batch", "#batch", "batch {}"),
+    ("threads", "#threads", "{} thread(s)"),
+    ("runs", "#runs", "{} runs each"),
+)
+
+
+def latency(report: Report) -> Table:
+    """Original as given, baseline after the exact passes, result."""
+    base, result = text.baseline_name(report), text.precision(report.precision)
+    rows = [
+        ("original", report.original),
+        (f"{base} baseline", report.baseline),
+        (f"{result} result", report.result),
+    ]
+    if text.is_baseline(report):
+        rows[1:] = [(f"{result} result", report.baseline)]
+    table = timings("Latency of one call", rows)
+    against = f"speed-up is against the {base} baseline, from pairs of runs" if _has_speedup(rows) else None
+    return replace(table, notes=tuple(n for n in (*table.notes, against) if n), strong=len(rows) - 1)
+
+
+def timings(title: str, rows: Sequence[tuple[str, Measurement]]) -> Table:
+    """A table of measurements; those that were not made are sentences with their reasons."""
+    made = [m for _, m in rows if m.median_ms is not None]
+    places = text.column_decimals(m.median_ms for m in made)
+    shared, differing = _split_shared(made)
+    titles = ["", "#median ms", "#95 % interval", "#p90", "#p99"]
+    titles += ["#speed-up", "#95 % interval"] if _has_speedup(rows) else []
+    titles += [heading for _, heading, _ in differing]
+    cells = []
+    for label, m in rows:
+        row = [text.clean(label), *_timing(m, places)]
+        row += [*_speedup(m)] if _has_speedup(rows) else []
+        row += [_attribute(m, name) if m.median_ms is not None else "" for name, _, _ in differing]
+        cells.append(tuple(row))
+    return Table(title, columns(*titles), tuple(cells) if made else (), (*shared, *_not_measured(rows)))
+
+
+def _timing(m: Measurement, places: int) -> tuple[str, ...]:
+    if m.median_ms is None:
+        return ("not measured", "", "", "")
+    return (
+        text.fixed(m.median_ms, places),
+        text.interval(m.low_ms, m.high_ms, places),
+        text.fixed(m.p90_ms, places),
+        text.fixed(m.p99_ms, places),
+    )
+
+
+def _speedup(m: Measurement) -> tuple[str, str]:
+    return text.ratio(m.speedup) if m.speedup else "", text.interval(m.speedup_low, m.speedup_high, 2)
+
+
+def _has_speedup(rows: Sequence[tuple[str, Measurement]]) -> bool:
+    return any(m.speedup is not None for _, m in rows)
+
+
+def _attribute(m: Measurement, name: str) -> str:
+    return text.clean(str(getattr(m, name) or text.MISSING))
+
+
+def _split_shared(made: Sequence[Measurement]) -> tuple[tuple[str, ...], list[tuple[str, str, str]]]:
+    """Return the sentence of what all rows share, and the attributes in which they differ."""
+    said, differing = [], []
+    for row in _SHARED:
+        values = {_attribute(m, row[0]) for m in made} - {text.MISSING}
+        if len(values) > 1:
+            differing.append(row)
+        elif values:
+            value = values.pop()
+            said.append(row[2].format(value).replace("(s)", "" if value == "1" else "s"))
+    return (", ".join(said),) if said else (), differing
+
+
+def _not_measured(rows: Sequence[tuple[str, Measurement]]) -> tuple[str, ...]:
+    """One sentence a reason, with the rows that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for label, m in rows:
+        if m.median_ms is None:
+            reasons.setdefault(text.why(m), []).append(text.clean(label))
+    return tuple(f"{', '.join(labels)}: not measured, {why}" for why, labels in reasons.items())
+
+
+# ------------------------------------------------------------------------------------------ quality
+
+
+def quality(fidelity: Fidelity | None, budget: Budget | None = None) -> Table:
+    """The figure that the budget bounds, for the original and for the result."""
+    if fidelity is None:
+        return Table("Quality", (), (), ("not judged: there were no images to compare on",))
+    title = f"Quality on {text.count(fidelity.images, 'held-out image')}"
+    if fidelity.value is None:
+        return Table(title, (), (), (f"not judged: {text.why(fidelity)}",))
+    titles = columns("", "#original %", "#result %", "#lost, points", "#95 % interval")
+    lost = text.interval(fidelity.drop_low, fidelity.drop_high, 2)
+    name = text.METRICS.get(fidelity.metric, text.clean(fidelity.metric))
+    rows = [(name, *_points(fidelity.reference, fidelity.value, fidelity.drop), lost)]
+    if fidelity.top5 is not None and fidelity.reference_top5 is not None:
+        drop = fidelity.reference_top5 - fidelity.top5
+        rows.append(("top-5", *_points(fidelity.reference_top5, fidelity.top5, drop), ""))
+    return Table(title, titles, tuple(rows), _budget(fidelity, budget))
+
+
+def _points(*values: float | None) -> tuple[str, ...]:
+    return tuple(text.fixed(value, 2) for value in values)
+
+
+def _budget(fidelity: Fidelity, budget: Budget | None) -> tuple[str, ...]:
+    if budget is None or fidelity.drop is None:
+        return ()
+    held = "within" if fidelity.drop <= budget.max_drop else "over"
+    origin = "as stated" if budget.drop_stated else "the default"
+    return (f"{held} the budget of {text.points(budget.max_drop)}, {origin}",)
+
+
+def outputs(fidelity: Fidelity | None) -> Table:
+    """How close each output is to the original's, over all held-out images."""
+    found = fidelity.outputs if fidelity else ()
+    agree = any(o.agreement is not None for o in found)
+    titles = columns("output", "#SQNR dB", "#cosine", *(["#top-1 agreement %"] if agree else []))
+    rows = (
+        (text.clean(o.name), text.sqnr(o), text.fixed(o.cosine, 5), *(_points(o.agreement) if agree else ()))
+        for o in found
+    )
+    return Table("Outputs against the original's", titles, tuple(rows))
+
+
+def attempts(found: Sequence[Attempt], *, numbered: bool = False) -> Table:
+    """Every candidate that was built and judged, the chosen one marked; its precision where the name hides it."""
+    places = text.column_decimals(a.measurement.median_ms for a in found)
+    hidden = any(not a.name.lower().startswith(a.precision.lower()) for a in found)
+    titles = ("#" if numbered else "", "candidate", *(["precision"] if hidden else []))
+    rows = (
+        (
+            str(i) if numbered else "*" if a.chosen else "",
+            text.clean(a.name),
+            *([text.precision(a.precision)] if hidden else []),
+            _timing(a.measurement, places)[0],
+            "not judged" if a.fidelity is None or a.fidelity.drop is None else text.fixed(a.fidelity.drop, 2),
+            text.size(a.size_bytes),
+            text.clean(a.verdict),
+        )
+        for i, a in enumerate(found, 1)
+    )
+    strong = next((i for i, a in enumerate(found) if a.chosen), None)
+    notes = _not_measured([(a.name, a.measurement) for a in found])
+    marked = ("* is what you got",) if strong is not None and not numbered else ()
+    headings = columns(*titles, "#median ms", "#lost, points", "#size", "verdict")
+    return Table("Candidates", headings, tuple(rows), (*marked, *notes), strong)
+
+
+# ------------------------------------------------------------------------------------------ passes
+
+
+def passes(records: Sequence[PassRecord]) -> Table:
+    """What each pass did, what it left alone, and the proof of the exact ones."""
+    titles = columns("pass", "kind", "#rewrites", "#refused", "#nodes", "#time", "#proof error")
+    rows = tuple(
+        (
+            text.clean(r.name),
+            "exact" if r.exact else "lossy",
+            f"{r.rewrites:,}",
+            f"{len(r.refusals):,}",
+            str(r.nodes_after) if r.nodes_after == r.nodes_before else f"{r.nodes_before} -> {r.nodes_after}",
+            text.seconds(r.seconds),
+            _proof(r),
+        )
+        for r in records
+    )
+    said = tuple(f"{text.clean(r.name)}: {text.clean(note)}" for r in records for note in r.notes)
+    unproven: dict[str, list[str]] = {}
+    for r in records:
+        if r.proof and r.proof.reason:
+            unproven.setdefault(text.clean(r.proof.reason), []).append(text.clean(r.name))
+    reasons = tuple(f"{', '.join(names)}: no proof, {why}" for why, names in unproven.items())
+    return Table("Passes", titles, rows, (*_proof_meaning(records), *said, *reasons))
+
+
+def _proof(record: PassRecord) -> str:
+    proof = record.proof
+    if proof is None:
+        return "unchanged" if record.exact and not record.modified else text.MISSING
+    if proof.error is None:
+        return "not proven"
+    if not proof.error <= proof.tolerance:
+        return "failed"
+    return f"{proof.error:.1e}" if proof.error else "0"
+
+
+def _proof_meaning(records: Sequence[PassRecord]) -> tuple[str, ...]:
+    made: list[Proof] = [r.proof for r in records if r.proof and r.proof.error is not None]
+    if not made:
+        return ()
+    return (
+        "proof error: largest difference to the original's outputs, relative to their largest magnitude; "
+        f"at most {max(p.tolerance for p in made):.0e} is allowed",
+    )
+
+
+# ---------------------------------------------------------------------------------------- what was left alone
+
+
+def left_alone(report: Report) -> tuple[Refusal, ...]:
+    """Every node that kept its form, once: refusals, then layers left in float."""
+    found = dict.fromkeys((*report.refusals, *(r for record in report.passes for r in record.refusals)))
+    named = {r.node for r in found}
+    layers = (x for x in floats(report) if x.reason and x.node not in named)
+    return (*found, *(Refusal(x.node, "layer-in-float", x.reason or "") for x in layers))
+
+
+def floats(report: Report) -> tuple[Layer, ...]:
+    """The layers left in float where others run on integers."""
+    left = tuple(x for x in report.layers if is_float(x))
+    return left if len(left) < len(report.layers) else ()
+
+
+def is_float(layer: Layer) -> bool:
+    """Tell whether a layer computes in floating point."""
+    return layer.precision.lower().startswith(FLOATS)
+
+
+def refusals(report: Report, limit: int | None = None) -> Table:
+    """Nodes by rule and reason, with their count; the first `limit` of each are named, all of them for None."""
+    found = left_alone(report)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for r in sorted(found, key=lambda r: r.rule):
+        groups.setdefault((text.clean(r.rule), text.clean(r.why)), []).append(text.clean(r.node))
+    rows = tuple((str(len(nodes)), rule, _first(nodes, limit), why) for (rule, why), nodes in groups.items())
+    cut = limit is not None and any(len(nodes) > limit for nodes in groups.values())
+    title = f"Left as it was: {text.count(len(found), 'node') if found else 'nothing'}"
+    hint = ("all of them: edgec inspect --why",) if cut else ()
+    return Table(title, columns("#", "rule", "node", "why"), rows, hint)
+
+
+def _first(nodes: Sequence[str], limit: int | None) -> str:
+    shown = nodes[:limit]
+    rest = [f"and {len(nodes) - len(shown):,} more"] if len(nodes) > len(shown) else []
+    return "\n".join((*shown, *rest))
+
+
+_LAYER_TITLES = ("node", "op", "precision", "#range", "#scale", "#SQNR dB", "#MACs")
+
+
+def layers(found: Sequence[Layer], *, numbered: bool = False) -> Table:
+    """One row a layer, in the order of execution; reasons are gathered beneath."""
+    titles = columns(*(["##"] if numbered else []), *_LAYER_TITLES)
+    rows = tuple(
+        (
+            *([str(i)] if numbered else []),
+            text.clean(x.node),
+            text.clean(x.op),
+            text.clean(x.precision),
+            _range(x.output_range),
+            text.MISSING if x.scale is None else f"{x.scale:.3g}",
+            text.fixed(x.sqnr_db, 1),
+            text.si(x.macs),
+        )
+        for i, x in enumerate(found, 1)
+    )
+    reasons: dict[str, list[str]] = {}
+    for x in found:
+        if x.reason:
+            reasons.setdefault(text.clean(x.reason), []).append(text.clean(x.node))
+    notes = tuple(f"{', '.join(nodes)}: {why}" for why, nodes in reasons.items())
+    own = ("SQNR is each layer's own: only that layer is quantized",) if any(x.sqnr_db for x in found) else ()
+    return Table(f"Layers: {in_integers(found)}", titles, rows, (*own, *notes))
+
+
+def _range(span: Range | None) -> str:
+    return text.MISSING if span is None else f"{span.min:.3g} .. {span.max:.3g}"
+
+
+def in_integers(found: Sequence[Layer]) -> str:
+    """Return how much of the model runs on integers, by layers and by multiply-accumulates."""
+    left = [x for x in found if is_float(x)]
+    macs = sum(x.macs or 0 for x in found)
+    done = f"{len(found) - len(left)} of {len(found)} on integers"
+    if not macs or any(x.macs is None for x in found):
+        return done
+    share = 100 * (1 - sum(x.macs or 0 for x in left) / macs)
+    return f"{done}, {'over 99.9' if left and share > 99.9 else f'{share:.1f}'} % of the multiply-accumulates"
