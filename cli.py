@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .compiler.types import Progress
 
 _FILE = click.Path(path_type=Path)
-_EPILOG = "Exit codes: 0 done, 2 wrong input, 3 a stated budget cannot be met, 4 a target or toolchain is missing, 1 a bug."
+_EPILOG = (
+    "Exit codes: 0 done, 2 wrong input, 3 a stated budget cannot be met, 4 a target or toolchain is missing, 1 a bug."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
@@ -37,7 +39,9 @@ def cli(verbose: bool) -> None:
     edgec inspect model.edgec --layers              what was done, layer by layer, and why
     edgec bench model.edgec --against model.onnx    its latency, measured here
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(name)s: %(message)s"
+    )
 
 
 def main() -> None:
@@ -69,13 +73,32 @@ def main() -> None:
 @click.option("--device", default="local", show_default=True, help="Named device (see: edgec devices).")
 @click.option("--backend", default="auto", show_default=True, help="auto, ort or tensorrt.")
 @click.option("--target", metavar="URL", help="Where to measure: local.")
-@click.option("--calib", type=_FILE, metavar="DIR", help="Images to calibrate on; a fifth of them is held out to judge by.")
+@click.option(
+    "--calib",
+    type=_FILE,
+    metavar="DIR",
+    help="Images to calibrate on; a fifth of them is held out to judge by.",
+)
 @click.option("--ranges", type=_FILE, metavar="FILE", help="Ranges from edgec calibrate, in place of --calib.")
 @click.option("--eval", "eval_", type=_FILE, metavar="DIR", help="Images to judge by; its sub-folders are the classes.")
-@click.option("--metric", metavar="MODULE:FUNCTION", help="Your own judge: outputs -> boxes, or (outputs, reference) -> 0..1.")
-@click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.  [default: MODEL-stem.preprocess.yaml]")
+@click.option(
+    "--metric",
+    metavar="MODULE:FUNCTION",
+    help="Your own judge: outputs -> boxes, or (outputs, reference) -> 0..1.",
+)
+@click.option(
+    "--preprocess",
+    metavar="NAME|FILE",
+    help="How images become inputs.  [default: MODEL-stem.preprocess.yaml]",
+)
 @click.option("--precision", type=click.Choice(parse.PRECISIONS), default="auto", show_default=True)
-@click.option("--method", type=click.Choice(parse.METHODS), default="auto", show_default=True, help="How ranges are chosen.")
+@click.option(
+    "--method",
+    type=click.Choice(parse.METHODS),
+    default="auto",
+    show_default=True,
+    help="How ranges are chosen.",
+)
 @click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")
 @click.option("--max-latency", metavar="TIME", help="E.g. 5ms.")
 @click.option("--max-size", metavar="SIZE", help="E.g. 4MB.")
@@ -84,7 +107,16 @@ def main() -> None:
 @click.option("--verify", is_flag=True, help="Prove exact passes also on models over 1 GB.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-def compile(model: Path, out: Path | None, max_drop: str | None, max_latency: str | None, max_size: str | None, eval_: Path | None, as_json: bool, **rest: Any) -> None:
+def compile(
+    model: Path,
+    out: Path | None,
+    max_drop: str | None,
+    max_latency: str | None,
+    max_size: str | None,
+    eval_: Path | None,
+    as_json: bool,
+    **rest: Any,
+) -> None:
     """Compile MODEL (.onnx) into a bundle: the fastest artifact that still does its job, and its report.
 
     \b
@@ -94,7 +126,7 @@ def compile(model: Path, out: Path | None, max_drop: str | None, max_latency: st
     from .compiler import api
 
     folder = out or Path(f"{model.stem}.edgec")
-    budget = {
+    budget: dict[str, Any] = {
         "max_drop": parse.parse_points(max_drop) if max_drop else None,
         "max_latency_ms": parse.parse_milliseconds(max_latency) if max_latency else None,
         "max_size_bytes": parse.parse_bytes(max_size) if max_size else None,
@@ -132,7 +164,11 @@ def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
 @click.argument("model", type=_FILE, metavar="BUNDLE|MODEL")
 @click.argument("images", type=_FILE)
 @click.option("--against", type=_FILE, metavar="MODEL", help="The reference.  [default: the bundle's original]")
-@click.option("--metric", metavar="MODULE:FUNCTION", help="Your own judge: outputs -> boxes, or (outputs, reference) -> 0..1.")
+@click.option(
+    "--metric",
+    metavar="MODULE:FUNCTION",
+    help="Your own judge: outputs -> boxes, or (outputs, reference) -> 0..1.",
+)
 @click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -162,7 +198,15 @@ def inspect(path: Path, against: Path | None, layers: bool, why: bool, html: Pat
     """Show what a bundle, a report.json or an ONNX file holds."""
     from .compiler import api, show
 
-    show.inspect(api.inspect(path), api.inspect(against) if against else None, _console(), layers=layers, why=why, html=html, as_json=as_json)
+    show.inspect(
+        api.inspect(path),
+        api.inspect(against) if against else None,
+        _console(),
+        layers=layers,
+        why=why,
+        html=html,
+        as_json=as_json,
+    )
 
 
 @cli.command()
@@ -204,7 +248,11 @@ def doctor(target: str) -> None:
     from .compiler.report import terminal
 
     if target != "local":
-        raise UnavailableError(f"target {target!r} is not in this version of edgec", where="--target", fix="run edgec doctor on the device itself")
+        raise UnavailableError(
+            f"target {target!r} is not in this version of edgec",
+            where="--target",
+            fix="run edgec doctor on the device itself",
+        )
     terminal.render_findings(examiner.examine(), _console())
 
 
@@ -230,13 +278,24 @@ def _progress() -> Iterator[Progress]:
         yield silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description:<28}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description:<28}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         yield _bar_updater(bar)
 

@@ -6,9 +6,12 @@ integer kernels; for the schemes, its quantization guide and our measurements (d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..compiler.errors import ModelError, UserError
 from ..compiler.types import Artifact, DeviceProfile, InputSpec, OpSupport, QuantScheme, Refusal
@@ -16,6 +19,7 @@ from ..compiler.types import Artifact, DeviceProfile, InputSpec, OpSupport, Quan
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
 
 def _scheme(name: str, activation: Literal["uint8", "int8"], source: str, weight_max: int = 127) -> QuantScheme:
     """Asymmetric activations, so that ReLU is absorbed by the rounding; weights symmetric per channel.
@@ -31,7 +35,11 @@ def _scheme(name: str, activation: Literal["uint8", "int8"], source: str, weight
 SCHEMES: tuple[tuple[tuple[str, ...], QuantScheme], ...] = (
     (
         ("avx512_vnni",),
-        _scheme("uint8-int8", "uint8", "measured: 1.85x on ResNet-20, where int8 activations are slower than float32"),
+        _scheme(
+            "uint8-int8",
+            "uint8",
+            "measured: 1.85x on ResNet-20, where int8 activations are slower than float32",
+        ),
     ),
     (("avx_vnni",), _scheme("uint8-int8", "uint8", "the same instruction on 256 bits; not measured here")),
     (
@@ -50,7 +58,11 @@ SUPPORTS: tuple[OpSupport, ...] = (
     OpSupport("Conv", "linear", weights=("int8", "uint8"), needs=_LINEAR),
     OpSupport("Gemm", "linear", weights=("int8", "uint8"), output="optional", needs=(*_LINEAR, "plain-gemm")),
     OpSupport(
-        "MatMul", "linear", weights=("int8", "uint8"), output="optional", needs=("constant-weight", "rank-2-weight")
+        "MatMul",
+        "linear",
+        weights=("int8", "uint8"),
+        output="optional",
+        needs=("constant-weight", "rank-2-weight"),
     ),
     OpSupport("Add", "combine"),
     OpSupport("Mul", "combine"),
@@ -136,16 +148,20 @@ class Session:
                 where=where,
                 fix="check that the model runs in onnxruntime as it is; custom operators are not supported",
             ) from error
-        self.inputs = tuple(
-            InputSpec(i.name, _NUMPY.get(i.type, i.type), tuple(d if isinstance(d, int) else None for d in i.shape))
-            for i in self._session.get_inputs()
-        )
+        self.inputs = _inputs(self._session)
         self.outputs = tuple(o.name for o in self._session.get_outputs())
         self.provider = self._session.get_providers()[0]
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once and return the outputs by name."""
         return dict(zip(self.outputs, self._session.run(None, dict(feed)), strict=True))
+
+
+def _inputs(session: Any) -> tuple[InputSpec, ...]:
+    return tuple(
+        InputSpec(i.name, _NUMPY.get(i.type, i.type), tuple(d if isinstance(d, int) else None for d in i.shape))
+        for i in session.get_inputs()
+    )
 
 
 _NUMPY = {
@@ -167,7 +183,13 @@ def _refusals() -> tuple[type[Exception], ...]:
     """Return the exceptions by which onnxruntime refuses a model (they share no base class of their own)."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    return (state.Fail, state.InvalidGraph, state.InvalidArgument, state.NotImplemented, state.InvalidProtobuf)
+    return (
+        state.Fail,
+        state.InvalidGraph,
+        state.InvalidArgument,
+        state.NotImplemented,
+        state.InvalidProtobuf,
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -180,3 +202,45 @@ def _providers() -> tuple[str, ...]:
 
     available = ort.get_available_providers()
     return tuple(p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available)
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """Time of one operator kind in one call: the sum over its nodes, the mean over the runs."""
+
+    op: str
+    nodes: int
+    milliseconds: float
+    share: float
+
+
+def profile(model: Path, threads: int, runs: int = 50) -> list[OperatorTime]:
+    """Return the time of each operator kind of an ONNX file, from ONNX Runtime's own profiler, slowest first.
+
+    The names are those of the optimised graph (QLinearConv, …). Profiling slows the run: only shares compare.
+    """
+    import onnxruntime as ort
+
+    from ..compiler.model import sample_inputs
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.enable_profiling = True
+    with TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = ort.InferenceSession(str(model), options, providers=list(_providers()))
+        feed = sample_inputs(_inputs(session), seed=0)
+        for _ in range(runs):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    times: dict[str, float] = {}
+    nodes: dict[str, set[str]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            op = event["args"]["op_name"]
+            times[op] = times.get(op, 0.0) + event["dur"] / 1e3 / runs
+            nodes.setdefault(op, set()).add(event["name"])
+    total = sum(times.values()) or 1.0
+    found = [OperatorTime(op, len(nodes[op]), t, t / total) for op, t in times.items()]
+    return sorted(found, key=lambda row: -row.milliseconds)

@@ -57,7 +57,10 @@ class TensorRT:
         """INT8 where the GPU has integer tensor cores (SM 7.2 and up, not SM 6.2 and below)."""
         float32 = QuantScheme("float32", "int8", symmetric=True)
         if "int8" not in profile.dtypes:
-            return {"fp32": float32, "int8": f"{profile.title} has no INT8 units; --precision fp32 runs as FP16 there"}
+            return {
+                "fp32": float32,
+                "int8": f"{profile.title} has no INT8 units; --precision fp32 runs as FP16 there",
+            }
         return {"fp32": float32, "int8": INT8}
 
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:

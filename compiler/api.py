@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,17 @@ from .inspection import Inspection, inspect
 from .options import Options
 from .types import Budget, DeviceProfile, Fidelity, Measurement, Progress, Range, Report, silent
 
-__all__ = ["Bundle", "bench", "calibrate", "compile", "devices", "evaluate", "inspect", "open_bundle", "Inspection"]
+__all__ = [
+    "Bundle",
+    "bench",
+    "calibrate",
+    "compile",
+    "devices",
+    "evaluate",
+    "inspect",
+    "open_bundle",
+    "Inspection",
+]
 
 PathLike = str | Path
 
@@ -89,9 +98,16 @@ def calibrate(
     from . import calibration
 
     return calibration.calibrate(
-        Path(model), Path(images), _path(out), method=method, device=device, preprocess=preprocess,
-        seed=seed, threads=threads, progress=progress,
-    )  # fmt: skip
+        Path(model),
+        Path(images),
+        _path(out),
+        method=method,
+        device=device,
+        preprocess=preprocess,
+        seed=seed,
+        threads=threads,
+        progress=progress,
+    )
 
 
 def evaluate(
@@ -109,9 +125,15 @@ def evaluate(
     from . import evaluation
 
     return evaluation.evaluate(
-        Path(model), Path(images), against=_path(against), metric=metric, preprocess=preprocess,
-        threads=threads, seed=seed, progress=progress,
-    )  # fmt: skip
+        Path(model),
+        Path(images),
+        against=_path(against),
+        metric=metric,
+        preprocess=preprocess,
+        threads=threads,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def bench(
@@ -133,8 +155,12 @@ def bench(
     from . import model as model_io
 
     if target != "local":
-        raise UnavailableError(f"target {target!r} is not in this version of edgec", where="--target", fix="run edgec bench on the device itself")
-    path, count = Path(model), threads or len(os.sched_getaffinity(0))
+        raise UnavailableError(
+            f"target {target!r} is not in this version of edgec",
+            where="--target",
+            fix="run edgec bench on the device itself",
+        )
+    path, count = Path(model), threads or device_table.usable_cores()
     carried = path / bundles.BASELINE
     other = _path(against) or (carried if carried.is_file() else None)
     runners = {path.name: evaluation.open_any(path, count)}
@@ -142,7 +168,9 @@ def bench(
         runners[f"{other.name} (baseline)"] = evaluation.open_any(other, count)
     baseline = list(runners)[-1]
     feed = model_io.sample_inputs(runners[path.name].inputs, seed=0)
-    measured = LocalTarget().measure(runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress)
+    measured = LocalTarget().measure(
+        runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress
+    )
     return [measured[name] for name in runners]
 
 
@@ -153,4 +181,3 @@ def devices(name: str | None = None) -> Sequence[DeviceProfile]:
 
 def _path(path: PathLike | None) -> Path | None:
     return None if path is None else Path(path)
-

@@ -1,4 +1,4 @@
-"""The folder that a compile leaves behind: model.onnx, manifest.json, report.json, report.html; and opening it again."""
+"""The folder that a compile leaves behind (model.onnx, manifest.json, report.*), and opening it again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends import base as backends
 from .._version import __version__
+from ..backends import base as backends
 from .errors import ModelError
 from .types import Artifact, Preprocess, Report
 
@@ -76,11 +76,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError("not a bundle: no manifest.json in it", where=str(folder), fix="give a folder that edgec compile wrote") from error
+        raise ModelError(
+            "not a bundle: no manifest.json in it",
+            where=str(folder),
+            fix="give a folder that edgec compile wrote",
+        ) from error
     except ValueError as error:
         raise ModelError(f"damaged: {error}", where=str(path), fix="compile again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ModelError("written by another version of edgec", where=str(path), fix="compile again, or use that version")
+        raise ModelError(
+            "written by another version of edgec", where=str(path), fix="compile again, or use that version"
+        )
     return manifest
 
 
@@ -110,10 +116,11 @@ def preprocess_of(manifest: Mapping[str, Any]) -> Preprocess | None:
     stated = manifest.get("preprocess")
     if stated is None:
         return None
-    return Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}
+    return Preprocess(**fields)
 
 
 def digest(path: Path) -> str:
     """Return the sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.filedigest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,7 +52,12 @@ def calibrate(
     )
     ranges = choose_ranges(found.statistics, chosen, scheme)
     if out is not None:
-        meta = {"method": chosen, "images": len(data), "key": found.key, "edgec": __version__, "model": path.name}
+        meta = {
+            "method": chosen,
+            "images": len(data),
+            "key": found.key,
+            "edgec": __version__,
+            "model": path.name,
+        }
         calib_ranges.to_json(ranges, out, meta)
     return ranges
-

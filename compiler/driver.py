@@ -6,37 +6,32 @@ between compiles but the content-keyed caches.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from .._version import __version__
-from ..backends import base as backends
 from ..backends.ort import Session
-from ..backends.targets.local import LocalTarget
-from ..calib import cache, folder, preprocess
+from ..calib import cache
 from ..calib import ranges as calib_ranges
-from . import bundle, devices, fidelity, files, guard, headline, layers, pipeline
+from . import bundle, devices, fidelity, files, guard, job, layers, pipeline, wording
 from . import model as model_io
-from .errors import BudgetError, DataError, UnavailableError, UserError
-from .metrics import load_metric
-from .options import PLANNED_PRECISIONS, PRECISIONS, Options
+from .errors import BudgetError
+from .job import Job
+from .options import Options
 from .proof import Prover
 from .quantizer import DEFAULT_METHOD, Quantized, Quantizer, choose_ranges, collapsed, observed, widened
 from .types import (
     Attempt,
     CalibrationSummary,
-    DeviceProfile,
     Fidelity,
     Measurement,
     PassRecord,
-    Preprocess,
     Progress,
     QuantScheme,
     Range,
@@ -49,29 +44,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from ..backends.base import Backend, Runner
-
-_NO_CALIBRATION = (
-    "without calibration images only exact passes ran; --calib FOLDER with a few hundred images allows INT8"
-)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One compile: what was asked, resolved to objects."""
-
-    path: Path
-    options: Options
-    profile: DeviceProfile
-    backend: Backend
-    target: LocalTarget | None
-    not_measured: str | None
-    threads: int
-    preprocess: Preprocess | None
-    images: folder.Folder | None
-    judged: folder.Folder | None
-    metric: fidelity.Metric | None
-    progress: Progress
+    from ..backends.base import Runner
 
 
 @dataclass(frozen=True)
@@ -92,7 +65,7 @@ def compile(model: Path, out: Path, options: Options, progress: Progress = silen
     `out`) and UnavailableError (4).
     """
     start = time.perf_counter()
-    _check_precision(options)
+    job.check_precision(options)
     with files.staged_folder(out, options.force) as staged, TemporaryDirectory() as work:
         report, broken = _compile(model, staged, Path(work), options, progress, start)
     if broken is not None:
@@ -103,38 +76,34 @@ def compile(model: Path, out: Path, options: Options, progress: Progress = silen
 def _compile(
     path: Path, staged: Path, work: Path, options: Options, progress: Progress, start: float
 ) -> tuple[Report, str | None]:
+    """Return the report, the bundle being written into `staged`, and the stated budget that could not be met."""
     original = model_io.load(path)
-    job = _job(path, original, options, progress)
-    _refuse_unsupported(job, original)
+    this = job.resolve(path, original, options, progress)
     prover = Prover(original, verify=options.verify)
-    exact = pipeline.exact_passes(for_integers=_wants_integers(job))
+    exact = pipeline.exact_passes(for_integers=job.wants_integers(this))
     float_model, records = pipeline.run(model_io.copy(original), exact, prover)
     baseline = _save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
-    calibration, quantizer, errors, candidates = _quantize(job, float_model, work)
-    candidates = [baseline, *candidates]
-    measured = _measure(job, candidates)
-    judged = _judge(job, candidates)
-    if quantizer is not None and errors and _should_widen(job, candidates, measured, judged):
-        more = _widen(job, quantizer, errors, candidates[-1], work)
-        measured |= {k: v for k, v in _measure(job, [baseline, *more]).items() if k not in measured}
-        judged |= _judge(job, more)
+    found = _quantize(this, float_model, work)
+    candidates = [baseline, *found.candidates]
+    measured, judged = _measure(this, candidates), _judge(this, candidates)
+    if found.quantizer is not None and _should_widen(this, candidates, measured, judged):
+        more = _widen(found, work)
+        measured = {**_measure(this, [baseline, *more]), **measured}
+        judged |= _judge(this, more)
         candidates += more
-    attempts = guard.choose(
-        [_attempt(c, measured, judged) for c in candidates],
-        options.budget,
-        named=None if options.precision == "auto" else options.precision,
-    )
-    chosen_at = next(i for i, a in enumerate(attempts) if a.chosen)
-    chosen, attempt = candidates[chosen_at], attempts[chosen_at]
+    named = None if options.precision == "auto" else options.precision
+    attempts = guard.choose([_attempt(c, measured, judged) for c in candidates], options.budget, named=named)
+    chosen, attempt = next((c, a) for c, a in zip(candidates, attempts, strict=True) if a.chosen)
     if chosen.quantized is not None:
         records.append(chosen.quantized.record)
+    refusals = tuple(r for record in records for r in record.refusals)
     report = Report(
         model=path.name,
-        device=job.profile,
-        backend=job.backend.name,
-        target="local" if job.target else "none",
+        device=this.profile,
+        backend=this.backend.name,
+        target="local" if this.target else "none",
         precision=chosen.precision,
-        headline=headline.compose(job.profile, attempt, measured["original"]),
+        headline=wording.headline(this.profile, attempt, measured["original"]),
         original=measured["original"],
         baseline=measured["fp32"],
         result=attempt.measurement,
@@ -144,138 +113,72 @@ def _compile(
         size_after_bytes=attempt.size_bytes,
         passes=tuple(records),
         attempts=attempts,
-        layers=layers.describe(chosen.model, errors, _all_refusals(records)),
-        refusals=_all_refusals(records),
-        calibration=calibration,
-        preprocess=job.preprocess,
-        warnings=_warnings(job, calibration),
-        advice=_advice(job, chosen, attempt),
+        layers=layers.describe(chosen.model, found.errors, refusals),
+        refusals=refusals,
+        calibration=found.calibration,
+        preprocess=this.preprocess,
+        warnings=wording.warnings(this),
+        advice=wording.advice(this, attempt),
         versions=_versions(),
         machine=devices.local_profile().title,
         seconds=time.perf_counter() - start,
         seed=options.seed,
     )
-    _write(job, chosen, baseline, report, staged)
+    _write(this, chosen, baseline, report, staged)
     return report, _broken(attempt, options)
-
-
-# ------------------------------------------------------------------------------------------ resolving
-
-
-def _check_precision(options: Options) -> None:
-    if options.precision in PLANNED_PRECISIONS:
-        raise UserError(f"{options.precision} is not in this version of edgec", where="--precision", fix="choose one of: " + ", ".join(PRECISIONS))
-    if options.precision not in PRECISIONS:
-        raise UserError(f"unknown precision {options.precision!r}", where="--precision", fix="choose one of: " + ", ".join(PRECISIONS))
-
-
-def _job(path: Path, model: ir.Model, options: Options, progress: Progress) -> Job:
-    profile = devices.find(options.device)
-    backend = backends.load(profile.backends[0] if options.backend == "auto" else options.backend)
-    target, why = _target(options, profile, backend)
-    specs = model_io.input_specs(model)
-    pre = images = judged = None
-    if options.calib or options.eval:
-        pre = preprocess.resolve(options.preprocess, path, specs[0])
-    if options.calib:
-        images = folder.open_folder(options.calib, pre, specs)
-    if options.eval:
-        judged = folder.open_folder(options.eval, pre, specs)
-    elif images is not None:
-        images, judged = images.split(options.seed)
-    return Job(
-        path=path,
-        options=options,
-        profile=profile,
-        backend=backend,
-        target=target,
-        not_measured=why,
-        threads=options.threads or len(os.sched_getaffinity(0)),
-        preprocess=pre,
-        images=images,
-        judged=judged,
-        metric=load_metric(options.metric) if options.metric else None,
-        progress=progress,
-    )
-
-
-def _target(options: Options, profile: DeviceProfile, backend: Backend) -> tuple[LocalTarget | None, str | None]:
-    """Return where to measure, or why nothing is measured. UnavailableError for what was asked and is not there."""
-    url = options.target or ("local" if devices.is_this_machine(profile) else None)
-    if url is None:
-        return None, f"this machine is not a {profile.title}; carry the bundle there and run edgec bench on it"
-    if url != "local":
-        raise UnavailableError(f"target {url!r} is not in this version of edgec", where="--target", fix="use --target local, or leave it out")
-    problem = backend.unavailable()
-    if problem is not None:
-        raise problem
-    return LocalTarget(), None
-
-
-def _wants_integers(job: Job) -> bool:
-    if job.options.precision == "fp32":
-        return False
-    scheme = job.backend.schemes(job.profile)["int8"]
-    has_ranges = job.images is not None or job.options.ranges is not None
-    if job.options.precision == "int8":
-        if isinstance(scheme, str):
-            raise UserError(scheme, where="--precision int8", fix="leave --precision out, or choose another device or backend")
-        if not has_ranges:
-            raise DataError("INT8 needs images to calibrate on", where="--precision int8", fix="add --calib FOLDER, or --ranges FILE")
-    return has_ranges and not isinstance(scheme, str)
-
-
-def _refuse_unsupported(job: Job, model: ir.Model) -> None:
-    refusals = job.backend.check(model, job.profile)
-    if refusals:
-        lines = "; ".join(f"{r.node}: {r.why}" for r in refusals[:5])
-        raise UserError(f"{len(refusals)} nodes cannot run there: {lines}", where=f"backend {job.backend.name}", fix="choose --backend ort")
 
 
 # ------------------------------------------------------------------------------------------ quantizing
 
 
-def _quantize(
-    job: Job, model: ir.Model, work: Path
-) -> tuple[CalibrationSummary | None, Quantizer | None, dict[str, float], list[Candidate]]:
-    scheme = job.backend.schemes(job.profile)["int8"]
-    if not _wants_integers(job) or isinstance(scheme, str):
-        return None, None, {}, []
-    ranges, summary = _ranges(job, model, scheme)
-    quantizer = Quantizer(model, job.backend.supports, scheme, ranges)
-    candidate = quantizer.build({})
+@dataclass(frozen=True)
+class _Found:
+    """What quantization gave: nothing at all where only exact passes run."""
+
+    calibration: CalibrationSummary | None = None
+    quantizer: Quantizer | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+
+
+def _quantize(this: Job, model: ir.Model, work: Path) -> _Found:
+    scheme = this.backend.schemes(this.profile)["int8"]
+    if not job.wants_integers(this) or isinstance(scheme, str):
+        return _Found()
+    ranges, calibration = _ranges(this, model, scheme)
+    quantizer = Quantizer(model, this.backend.supports, scheme, ranges)
+    quantized = quantizer.build({})
     errors: dict[str, float] = {}
-    if job.images is not None and candidate.record.modified:
-        errors = quantizer.errors(candidate, job.images, job.threads, job.progress)
+    if this.images is not None and quantized.record.modified:
+        errors = quantizer.errors(quantized, this.images, this.threads, this.progress)
         bad = collapsed(errors)
-        if bad:
-            candidate = quantizer.build(bad)
-    return summary, quantizer, errors, [_candidate("int8", candidate, work)]
+        quantized = quantizer.build(bad) if bad else quantized
+    return _Found(calibration, quantizer, errors, (_candidate("int8", quantized, work),))
 
 
-def _ranges(job: Job, model: ir.Model, scheme: QuantScheme) -> tuple[Mapping[str, Range], CalibrationSummary | None]:
-    if job.options.ranges is not None:
-        return calib_ranges.from_json(job.options.ranges), None
-    assert job.images is not None
-    method = DEFAULT_METHOD if job.options.method == "auto" else job.options.method
+def _ranges(this: Job, model: ir.Model, scheme: QuantScheme) -> tuple[Mapping[str, Range], CalibrationSummary | None]:
+    if this.options.ranges is not None:
+        return calib_ranges.from_json(this.options.ranges), None
+    assert this.images is not None
+    method = DEFAULT_METHOD if this.options.method == "auto" else this.options.method
     start = time.perf_counter()
     found = cache.collect_cached(
         model,
-        observed(model, job.backend.supports),
-        job.images,
+        observed(model, this.backend.supports),
+        this.images,
         histogram=method != "minmax",
-        seed=job.options.seed,
-        threads=job.threads,
-        progress=job.progress,
+        seed=this.options.seed,
+        threads=this.threads,
+        progress=this.progress,
     )
     seconds = time.perf_counter() - start
     summary = CalibrationSummary(
-        folder=str(job.options.calib),
-        images=len(job.images),
-        held_out=0 if job.options.eval or job.judged is None else len(job.judged),
+        folder=str(this.options.calib),
+        images=len(this.images),
+        held_out=0 if this.options.eval or this.judged is None else len(this.judged),
         method=method,
-        skipped=tuple(job.images.skipped),
-        images_per_second=None if found.cached else len(job.images) / seconds,
+        skipped=tuple(this.images.skipped),
+        images_per_second=None if found.cached else len(this.images) / seconds,
         cached=found.cached,
         key=found.key,
     )
@@ -283,22 +186,27 @@ def _ranges(job: Job, model: ir.Model, scheme: QuantScheme) -> tuple[Mapping[str
 
 
 def _should_widen(
-    job: Job, candidates: Sequence[Candidate], measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]
+    this: Job,
+    candidates: Sequence[Candidate],
+    measured: Mapping[str, Measurement],
+    judged: Mapping[str, Fidelity],
 ) -> bool:
     """Step back only where it can help: the budget is broken, matters, and integers are faster at all."""
-    if job.options.precision == "int8" and not job.options.budget.drop_stated:
+    if this.options.precision == "int8" and not this.options.budget.drop_stated:
         return False
     attempt = _attempt(candidates[-1], measured, judged)
     slower = attempt.measurement.speedup is not None and attempt.measurement.speedup <= 1
     drop = attempt.fidelity.drop if attempt.fidelity else None
-    return drop is not None and drop > job.options.budget.max_drop and not (slower and job.options.precision == "auto")
+    return (
+        drop is not None and drop > this.options.budget.max_drop and not (slower and this.options.precision == "auto")
+    )
 
 
-def _widen(job: Job, quantizer: Quantizer, errors: Mapping[str, float], first: Candidate, work: Path) -> list[Candidate]:
-    already = first.quantized.keep_float if first.quantized else {}
-    return [
-        _candidate(f"int8, {len(keep)} in float", quantizer.build(keep), work) for keep in widened(errors, already)
-    ]
+def _widen(found: _Found, work: Path) -> list[Candidate]:
+    assert found.quantizer is not None
+    first = found.candidates[0].quantized
+    steps = widened(found.errors, first.keep_float if first else {})
+    return [_candidate(f"int8, {len(keep)} in float", found.quantizer.build(keep), work) for keep in steps]
 
 
 def _candidate(name: str, quantized: Quantized, work: Path) -> Candidate:
@@ -314,38 +222,38 @@ def _save(candidate: Candidate) -> Candidate:
 # ------------------------------------------------------------------------------------------ measuring and judging
 
 
-def _measure(job: Job, candidates: Sequence[Candidate]) -> dict[str, Measurement]:
+def _measure(this: Job, candidates: Sequence[Candidate]) -> dict[str, Measurement]:
     names = ["original", *(c.name for c in candidates)]
-    if job.target is None:
-        return {n: Measurement(n, "none", None, reason=job.not_measured) for n in names}
+    if this.target is None:
+        return {n: Measurement(n, "none", None, reason=this.not_measured) for n in names}
     runners: dict[str, Runner] = {}
-    runners["original"] = job.backend.open(job.backend.lower(job.path, job.profile, "fp32"), job.threads)
+    runners["original"] = this.backend.open(this.backend.lower(this.path, this.profile, "fp32"), this.threads)
     for c in candidates:
-        runners[c.name] = job.backend.open(job.backend.lower(c.path, job.profile, c.precision), job.threads)
-    return job.target.measure(runners, _feed(job), baseline="fp32", threads=job.threads, progress=job.progress)
+        runners[c.name] = this.backend.open(this.backend.lower(c.path, this.profile, c.precision), this.threads)
+    return this.target.measure(runners, _feed(this), baseline="fp32", threads=this.threads, progress=this.progress)
 
 
-def _feed(job: Job) -> dict[str, np.ndarray]:
+def _feed(this: Job) -> dict[str, np.ndarray]:
     """Return one input of batch 1: a real image where there is one."""
-    images = job.judged or job.images
+    images = this.judged or this.images
     if images is not None:
         return dict(next(iter(images.subset([0]).batches(1))).feed)
-    return model_io.sample_inputs(model_io.input_specs(model_io.load(job.path)), job.options.seed)
+    return model_io.sample_inputs(model_io.input_specs(model_io.load(this.path)), this.options.seed)
 
 
-def _judge(job: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
+def _judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
     """Compare the candidates with the original, which runs with ONNX Runtime's optimisations off."""
-    if job.judged is None or not candidates:
+    if this.judged is None or not candidates:
         return {}
     return fidelity.compare(
-        Session(job.path, threads=job.threads, optimise=False),
-        {c.name: Session(c.path, threads=job.threads) for c in candidates},
-        job.judged.batches(8),
-        images=len(job.judged),
-        metric=job.metric,
-        labelled=job.options.eval is not None,
-        seed=job.options.seed,
-        progress=job.progress,
+        Session(this.path, threads=this.threads, optimise=False),
+        {c.name: Session(c.path, threads=this.threads) for c in candidates},
+        this.judged.batches(8),
+        images=len(this.judged),
+        metric=this.metric,
+        labelled=this.options.eval is not None,
+        seed=this.options.seed,
+        progress=this.progress,
     )
 
 
@@ -356,45 +264,16 @@ def _attempt(c: Candidate, measured: Mapping[str, Measurement], judged: Mapping[
 # ------------------------------------------------------------------------------------------ reporting
 
 
-def _write(job: Job, chosen: Candidate, baseline: Candidate, report: Report, staged: Path) -> None:
+def _write(this: Job, chosen: Candidate, baseline: Candidate, report: Report, staged: Path) -> None:
     model_io.save(chosen.model, staged / bundle.MODEL)
-    if job.target is None and chosen is not baseline:
+    if this.target is None and chosen is not baseline:
         model_io.save(baseline.model, staged / bundle.BASELINE)
-    artifact = job.backend.lower(staged / bundle.MODEL, job.profile, chosen.precision)
-    bundle.write(staged, artifact, report, job.path)
+    artifact = this.backend.lower(staged / bundle.MODEL, this.profile, chosen.precision)
+    bundle.write(staged, artifact, report, this.path)
 
 
 def _all_refusals(records: Sequence[PassRecord]) -> tuple[Refusal, ...]:
     return tuple(r for record in records for r in record.refusals)
-
-
-def _warnings(job: Job, calibration: CalibrationSummary | None) -> tuple[str, ...]:
-    found = []
-    if job.preprocess is not None and job.preprocess.assumed:
-        found.append("preprocessing was not stated; assumed: " + ", ".join(job.preprocess.assumed))
-    for images in (job.images, job.judged if job.options.eval else None):
-        if images is not None and images.skipped:
-            names = ", ".join(r.node for r in images.skipped[:3])
-            found.append(f"{len(images.skipped)} unreadable files were skipped: {names}")
-        found += list(images.notes) if images is not None else []
-    if job.judged is None:
-        found.append("quality was not judged: no images")
-    return tuple(found)
-
-
-def _advice(job: Job, chosen: Candidate, attempt: Attempt) -> tuple[str, ...]:
-    advice = []
-    scheme = job.backend.schemes(job.profile)["int8"]
-    if isinstance(scheme, str):
-        advice.append(scheme)
-    elif job.images is None and job.options.ranges is None and job.options.precision == "auto":
-        advice.append(_NO_CALIBRATION)
-    m = attempt.measurement
-    if chosen.precision != "fp32" and m.speedup is not None and m.speedup < 1:
-        advice.append(f"{chosen.precision} was asked for, but FP32 is faster here ({1 / m.speedup:.2f}x): --precision auto takes it")
-    if job.target is None:
-        advice.append(f"on the device: edgec bench BUNDLE measures it there ({job.not_measured})")
-    return tuple(advice)
 
 
 def _broken(attempt: Attempt, options: Options) -> str | None:
@@ -406,4 +285,8 @@ def _broken(attempt: Attempt, options: Options) -> str | None:
 
 def _versions() -> dict[str, str]:
     names = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy")
-    return {"edgec": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+    return {
+        "edgec": __version__,
+        "python": platform.python_version(),
+        **{n: metadata.version(n) for n in names},
+    }

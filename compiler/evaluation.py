@@ -38,7 +38,11 @@ def evaluate(
     labelled = data.labels() is not None
     other = against or _source(path)
     if other is None and not (labelled and metric is None):
-        raise DataError("nothing to judge by", where=str(images), fix="give --against ORIGINAL, or images in class folders")
+        raise DataError(
+            "nothing to judge by",
+            where=str(images),
+            fix="give --against ORIGINAL, or images in class folders",
+        )
     reference = open_any(other, threads, optimise=False) if other is not None else runner
     result = fidelity.compare(
         reference,
@@ -86,4 +90,12 @@ def to_json(path: Path, against: Path | None, result: Fidelity) -> dict[str, obj
     from .report import serial
 
     conditions = {"clean": serial.to_json(result)}
-    return json.loads(json.dumps({"model": str(path), "against": None if against is None else str(against), "conditions": conditions}))
+    return json.loads(
+        json.dumps(
+            {
+                "model": str(path),
+                "against": None if against is None else str(against),
+                "conditions": conditions,
+            }
+        )
+    )

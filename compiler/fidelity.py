@@ -79,13 +79,21 @@ def compare(
 
 def _real(outputs: Outputs, count: int) -> dict[str, np.ndarray]:
     """Drop the rows that only pad a fixed batch."""
-    return {name: y[:count] if isinstance(y, np.ndarray) and y.ndim and len(y) > count else y for name, y in outputs.items()}
+    return {
+        name: y[:count] if isinstance(y, np.ndarray) and y.ndim and len(y) > count else y for name, y in outputs.items()
+    }
 
 
 def classes(outputs: Outputs) -> str | None:
     """Return the name of the first classifier-shaped output: (N, C) or (N, C, 1, …) with C of 2 or more."""
     for name, y in outputs.items():
-        if isinstance(y, np.ndarray) and y.dtype.kind == "f" and y.ndim >= 2 and y.shape[1] >= 2 and y[0].size == y.shape[1]:
+        if (
+            isinstance(y, np.ndarray)
+            and y.dtype.kind == "f"
+            and y.ndim >= 2
+            and y.shape[1] >= 2
+            and y[0].size == y.shape[1]
+        ):
             return name
     return None
 
@@ -114,7 +122,10 @@ class _Tally:
             if self.labelled and batch.labels is not None:
                 self.right.append(np.stack([*_hits(y, batch.labels), *_hits(z, batch.labels)], axis=1))
         if self.metric is not None:
-            rows = [_judge_image(self.metric, _row(got, i, batch.count), _row(expected, i, batch.count)) for i in range(batch.count)]
+            rows = [
+                _judge_image(self.metric, _row(got, i, batch.count), _row(expected, i, batch.count))
+                for i in range(batch.count)
+            ]
             self.scores.append(np.array(rows, dtype=np.float64))
 
     def fidelity(self, seed: int) -> Fidelity:
@@ -130,7 +141,9 @@ class _Tally:
             value = 100 * float(agree.mean())
             return Fidelity("agreement", len(agree), 100.0, value, 100 - value, low, high, outputs)
         if not self.sums:
-            return Fidelity("energy", 0, None, None, None, None, None, reason="the model has no float output to compare")
+            return Fidelity(
+                "energy", 0, None, None, None, None, None, reason="the model has no float output to compare"
+            )
         return self._energy(outputs, rng)
 
     def _output(self, name: str, sums: np.ndarray) -> OutputFidelity:
@@ -139,21 +152,33 @@ class _Tally:
         cosine = dot / np.sqrt(signal * other) if signal > 0 and other > 0 else None
         agree = self.agreements.get(name)
         agreement = None if agree is None else 100 * float(np.concatenate(agree).mean())
-        return OutputFidelity(name, None if sqnr is None else float(sqnr), None if cosine is None else float(cosine), agreement)
+        return OutputFidelity(
+            name, None if sqnr is None else float(sqnr), None if cosine is None else float(cosine), agreement
+        )
 
     def _labelled(self, right: np.ndarray, outputs: tuple[OutputFidelity, ...], rng: np.random.Generator) -> Fidelity:
         before, before5, after, after5 = 100 * right.mean(0)
         low, high = _bootstrap(right[:, 0] - right[:, 2], rng, lambda draw: 100 * draw.mean(1))
         return Fidelity(
-            "top1", len(right), float(before), float(after), float(before - after), low, high, outputs,
-            top5=float(after5), reference_top5=float(before5),
-        )  # fmt: skip
+            "top1",
+            len(right),
+            float(before),
+            float(after),
+            float(before - after),
+            low,
+            high,
+            outputs,
+            top5=float(after5),
+            reference_top5=float(before5),
+        )
 
     def _scored(self, scores: np.ndarray, outputs: tuple[OutputFidelity, ...], rng: np.random.Generator) -> Fidelity:
         """`scores` is (n, 2): numerator and denominator an image, the figure being the ratio of their sums."""
+
         def figure(draw: np.ndarray) -> np.ndarray:
             total = draw[..., 1].sum(-1)
-            return 100 * np.divide(draw[..., 0].sum(-1), total, out=np.ones_like(total), where=total > 0)
+            ratio: np.ndarray = np.divide(draw[..., 0].sum(-1), total, out=np.ones_like(total), where=total > 0)
+            return 100 * ratio
 
         value = float(figure(scores))
         low, high = _bootstrap(scores, rng, lambda draw: 100 - figure(draw))
@@ -164,7 +189,9 @@ class _Tally:
         rows = {name: np.concatenate(r)[:, :2] for name, r in self.sums.items()}
         share = {name: r[:, 1].sum() / max(r[:, 0].sum(), np.finfo(float).tiny) for name, r in rows.items()}
         worst = max(share, key=lambda name: share[name])
-        low, high = _bootstrap(rows[worst], rng, lambda draw: 100 * draw[..., 1].sum(1) / np.maximum(draw[..., 0].sum(1), 1e-300))
+        low, high = _bootstrap(
+            rows[worst], rng, lambda draw: 100 * draw[..., 1].sum(1) / np.maximum(draw[..., 0].sum(1), 1e-300)
+        )
         drop = 100 * float(share[worst])
         return Fidelity("energy", len(rows[worst]), 100.0, 100 - drop, drop, low, high, outputs)
 

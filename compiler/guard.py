@@ -19,10 +19,7 @@ def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None) ->
     The first attempt is the float baseline. `named` is the precision that the user asked for, None for auto.
     """
     problems = [_problem(a, budget) for a in attempts]
-    if named is not None:
-        winner = _named(attempts, problems, named)
-    else:
-        winner = _fastest(attempts, problems)
+    winner = _fastest(attempts, problems) if named is None else _named(attempts, problems, named)
     return tuple(
         replace(a, chosen=i == winner, verdict=_verdict(a, problems[i], i == winner, named, i == 0))
         for i, a in enumerate(attempts)
@@ -77,7 +74,11 @@ def _verdict(attempt: Attempt, problem: str | None, chosen: bool, named: str | N
         return "the baseline"
     if attempt.measurement.median_ms is None:
         return "inside the budget"
-    return "inside the budget, but slower than the chosen one" if _shown_faster(attempt) else "not shown to be faster than FP32"
+    return (
+        "inside the budget, but slower than the chosen one"
+        if _shown_faster(attempt)
+        else "not shown to be faster than FP32"
+    )
 
 
 def _reason(attempt: Attempt, named: str | None, baseline: bool) -> str:

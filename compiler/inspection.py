@@ -50,7 +50,11 @@ def _report(path: Path) -> Report:
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path), fix="compile again") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"not a report of edgec: {error}", where=str(path), fix="give a bundle, its report.json or an ONNX file") from error
+        raise DataError(
+            f"not a report of edgec: {error}",
+            where=str(path),
+            fix="give a bundle, its report.json or an ONNX file",
+        ) from error
 
 
 def _inspection(path: Path) -> Inspection:

@@ -44,25 +44,24 @@ def describe(
 
 def macs(node: ir.Node) -> int | None:
     """Return the multiply-accumulates of a linear node for one image; None where shapes are unknown."""
-    weight, out = node.inputs[1] if len(node.inputs) > 1 else None, node.outputs[0]
-    shape = weight.shape if weight is not None else None
-    if shape is None or out.shape is None or any(not isinstance(d, int) for d in shape):
-        return None
-    sizes = [d if isinstance(d, int) else None for d in out.shape]
-    if any(s is None for s in sizes[1:]):
-        return None
-    positions = math.prod(s for s in sizes[1:] if s is not None)
-    dims = [int(d) for d in shape]  # type: ignore[call-overload]  # checked to be ints above
-    if node.op_type == "Conv":
-        return positions * math.prod(dims[1:])
-    if node.op_type == "ConvTranspose":
-        source = node.inputs[0]
-        if source is None or source.shape is None or any(not isinstance(d, int) for d in source.shape[1:]):
-            return None
-        return math.prod(int(d) for d in source.shape[1:]) * math.prod(dims[1:])
+    weight = _sizes(node.inputs[1] if len(node.inputs) > 1 else None)
+    out, source = _sizes(node.outputs[0]), _sizes(node.inputs[0])
     if node.op_type == "Gemm":
-        return math.prod(dims)
-    return positions * dims[-2] if len(dims) >= 2 else None
+        return None if weight is None else math.prod(weight)
+    moving = source if node.op_type == "ConvTranspose" else out  # what the kernel is laid on, once a position
+    if weight is None or moving is None or len(weight) < 2:
+        return None
+    per_position = weight[-2] if node.op_type == "MatMul" else math.prod(weight[1:])
+    return math.prod(moving[1:]) * per_position
+
+
+def _sizes(value: ir.Value | None) -> list[int] | None:
+    """Return the shape with 1 for the batch; None where any other dimension is unknown."""
+    if value is None or value.shape is None or not len(value.shape):
+        return None
+    first, *rest = (d if isinstance(d, int) else None for d in value.shape)
+    known = [d for d in rest if d is not None]
+    return [first or 1, *known] if len(known) == len(rest) else None
 
 
 def _dequantized_from(value: ir.Value | None) -> ir.DataType | None:
@@ -99,7 +98,13 @@ def _output_scale(node: ir.Node) -> tuple[float | None, Range | None]:
 
 def _scale_of(quantize: ir.Node) -> tuple[float | None, Range | None]:
     scale, zero = quantize.inputs[1], quantize.inputs[2] if len(quantize.inputs) > 2 else None
-    if scale is None or scale.const_value is None or zero is None or zero.const_value is None or zero.const_value.size != 1:
+    if (
+        scale is None
+        or scale.const_value is None
+        or zero is None
+        or zero.const_value is None
+        or zero.const_value.size != 1
+    ):
         return None, None
     s, z = float(scale.const_value.numpy()), int(zero.const_value.numpy())
     low, high = _LIMITS.get(zero.const_value.dtype, (0, 0))

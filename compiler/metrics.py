@@ -20,11 +20,15 @@ def load_metric(name: str) -> Metric:
     """Import `MODULE:FUNCTION` (also from the current folder, or `file.py:FUNCTION`). DataError if it is not there."""
     module_name, _, function_name = name.rpartition(":")
     if not module_name:
-        raise DataError("not of the form MODULE:FUNCTION", where=f"--metric {name}", fix="e.g. --metric mymetrics:decode")
+        raise DataError(
+            "not of the form MODULE:FUNCTION", where=f"--metric {name}", fix="e.g. --metric mymetrics:decode"
+        )
     module = _import(module_name, name)
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise DataError(f"{module_name} has no function {function_name!r}", where=f"--metric {name}", fix="check the name")
+        raise DataError(
+            f"{module_name} has no function {function_name!r}", where=f"--metric {name}", fix="check the name"
+        )
     arguments = len(inspect.signature(function).parameters)
     if arguments == 1:
         return Metric(decode=function)
@@ -44,6 +48,10 @@ def _import(module: str, name: str) -> object:
     try:
         return importlib.import_module(stem)
     except ImportError as error:
-        raise DataError(f"cannot import it: {error}", where=f"--metric {name}", fix="run where the module lies, or give file.py:FUNCTION") from error
+        raise DataError(
+            f"cannot import it: {error}",
+            where=f"--metric {name}",
+            fix="run where the module lies, or give file.py:FUNCTION",
+        ) from error
     finally:
         sys.path.pop(0)

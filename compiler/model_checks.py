@@ -12,7 +12,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -96,6 +96,33 @@ def _call(node: onnx.NodeProto) -> str:
     return f"{node.op_type or 'a'} node {name!r}"
 
 
+# ------------------------------------------------------------------------------------------- text
+
+
+def _text(proto: onnx.ModelProto) -> Fault | None:
+    """Every string is UTF-8: protobuf hands out others as bytes, which nothing after this expects."""
+    stack: list[Any] = [proto]
+    while stack:
+        for name, value in _fields(stack.pop()):
+            if isinstance(value, bytes):
+                return Fault(f"is damaged: {value[:40]!r} in the field {name} is no text", _EXPORT_AGAIN)
+            if not isinstance(value, str):
+                stack.append(value)
+    return None
+
+
+def _fields(message: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the strings and messages right inside `message`; of a tensor, all but its data, which may be huge."""
+    if isinstance(message, onnx.TensorProto):
+        yield from (("name", message.name), ("doc_string", message.doc_string))
+        yield from (("external_data", entry) for entry in message.external_data)
+        return
+    for field, value in message.ListFields():
+        if field.type in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            single = isinstance(value, (str, bytes)) or hasattr(value, "ListFields")
+            yield from ((field.name, item) for item in ([value] if single else value))
+
+
 # ------------------------------------------------------------------------------------------- versions
 
 
@@ -169,7 +196,8 @@ def _scope(container: Container, outer: frozenset[str]) -> Fault | None:
     read = ((name, node) for node in container.node for name in node.input)
     if lost := [f"{name!r} of {_call(node)}" for name, node in read if name and name not in known]:
         return Fault(f"reads what nothing produces: {_listed(lost, quote=False)}", _EXPORT_AGAIN)
-    if undefined := [name for name in _outputs(container) if name not in known]:
+    own = {*given, *produced}  # an inner graph may read the names around it, but not hand them back
+    if undefined := [name for name in _outputs(container) if name not in own]:
         return Fault(f"has outputs that nothing produces: {_listed(undefined)}", _EXPORT_AGAIN)
     inner = (graph for node in container.node for graph in _subgraphs(node))
     return next((fault for graph in inner if (fault := _scope(graph, known))), None)
@@ -272,6 +300,19 @@ def _hint(domain: str, op: str, version: int | None) -> str:
     return f"no such operator; nearest: {', '.join(near)}" if near else "no such operator"
 
 
+def _attributes(proto: onnx.ModelProto) -> Fault | None:
+    """Every attribute says of what type it is, and has a value of that type."""
+    types = onnx.AttributeProto
+    fields = {types.TENSOR: "t", types.GRAPH: "g"}
+    for node in (node for container in containers(proto) for node in container.node):
+        for attribute in node.attribute:
+            field = fields.get(attribute.type)
+            empty = attribute.type == types.UNDEFINED or (field is not None and not attribute.HasField(field))
+            if empty and not attribute.ref_attr_name:
+                return Fault(f"attribute {attribute.name!r} of {_call(node)} has no value", _EXPORT_AGAIN)
+    return None
+
+
 # ------------------------------------------------------------------------------------------- tensors
 
 
@@ -293,7 +334,8 @@ def _tensor(tensor: onnx.TensorProto) -> str | None:
     if tensor.HasField("raw_data"):
         have, want, unit = len(tensor.raw_data), size_bytes(tensor), "bytes"
     else:
-        have, want, unit = _stored(tensor), _entries(tensor), "values"
+        field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+        have, want, unit = len(getattr(tensor, field)), _entries(tensor), "values"
     return None if have == want else f"of shape {list(tensor.dims)} holds {have} {unit} where {want} are due"
 
 
@@ -315,11 +357,6 @@ def _entries(tensor: onnx.TensorProto) -> int:
     return _packed(count, bits) if bits in (2, 4) else count
 
 
-def _stored(tensor: onnx.TensorProto) -> int:
-    fields = (tensor.float_data, tensor.int32_data, tensor.string_data)
-    return sum(len(field) for field in (*fields, tensor.int64_data, tensor.double_data, tensor.uint64_data))
-
-
 #: Bits an element takes; strings have no fixed size and are never raw.
 _BITS: dict[int, int] = {
     kind.value: 0 if kind == ir.DataType.STRING else kind.bitwidth
@@ -327,7 +364,14 @@ _BITS: dict[int, int] = {
     if kind != ir.DataType.UNDEFINED
 }
 
-RULES: tuple[Callable[[onnx.ModelProto], Fault | None], ...] = (_versions, _names, _operators, _tensors)
+RULES: tuple[Callable[[onnx.ModelProto], Fault | None], ...] = (
+    _text,
+    _versions,
+    _names,
+    _operators,
+    _attributes,
+    _tensors,
+)
 
 
 def _listed(items: Iterable[str], quote: bool = True, limit: int = 5) -> str:

@@ -91,5 +91,10 @@ def _not_onnx(head: bytes, path: Path) -> ModelError:
         return ModelError(
             what, where=str(path), fix="name the .onnx file; a web page means that a download failed"
         )
-    what = "cannot be read as ONNX: it is cut short, damaged, or of another kind"
-    return ModelError(what, where=str(path), fix=GET_AGAIN)
+    begins_well = head[:1] == b"\x08"  # the tag of the IR version, which comes first in every ONNX file
+    kind = (
+        "begins like ONNX, but is cut short or damaged"
+        if begins_well
+        else "is no ONNX file, or a damaged one"
+    )
+    return ModelError(kind, where=str(path), fix=GET_AGAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +55,9 @@ def parse_bytes(text: str) -> int:
     return round(_number(text, _SIZE, "--max-size", "4MB, 300KB or 2MiB"))
 
 
-def _number(text: str, units: dict[str, float] | dict[str, int], option: str, example: str) -> float:
+def _number(text: str, units: Mapping[str, float], option: str, example: str) -> float:
     found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z%]*)\s*", text)
-    unit = found.group(2).lower() if found else None
-    if found is None or unit not in units:
+    factor = units.get(found.group(2).lower()) if found else None
+    if found is None or factor is None:
         raise UserError(f"{text!r} is not understood", where=option, fix=f"write it like {example}")
-    return float(found.group(1)) * units[unit]
+    return float(found.group(1)) * factor

@@ -44,7 +44,7 @@ def run(model: ir.Model, passes: Sequence[Pass], prover: Prover | None) -> tuple
         before = model_io.copy(model) if step.exact else None
         nodes = _count(model)
         start = time.perf_counter()
-        result = step(model)
+        result = step.apply(model)
         seconds = time.perf_counter() - start
         proof = prover.prove(model, step.tolerance) if prover and step.exact and result.modified else None
         undone = proof is not None and proof.error is not None and not proof.error <= proof.tolerance
@@ -60,9 +60,9 @@ def run(model: ir.Model, passes: Sequence[Pass], prover: Prover | None) -> tuple
                 seconds=seconds,
                 nodes_before=nodes,
                 nodes_after=_count(model),
-                rewrites=0 if undone else _field(result, "rewrites"),
+                rewrites=0 if undone else result.rewrites,
                 refusals=_refusals(result, step, undone),
-                notes=tuple(getattr(result, "notes", ())),
+                notes=result.notes,
                 proof=proof,
             )
         )
@@ -73,12 +73,8 @@ def _count(model: ir.Model) -> int:
     return sum(1 for _ in model.graph.all_nodes())
 
 
-def _field(result: PassResult, name: str) -> int:
-    return int(getattr(result, name, 0))
-
-
 def _refusals(result: PassResult, step: Pass, undone: bool) -> tuple[Refusal, ...]:
-    found = tuple(getattr(result, "refusals", ()))
+    found = result.refusals
     if undone:
         found += (Refusal("the whole model", step.name, "its proof on sample inputs failed, so it was taken back"),)
     return found

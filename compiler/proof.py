@@ -55,9 +55,7 @@ class Prover:
         return Proof(_largest_error(self._reference, outputs), tolerance, len(self._feeds))
 
 
-def _outputs(
-    model: ir.Model, feeds: list[dict[str, np.ndarray]]
-) -> tuple[list[dict[str, np.ndarray]], str | None]:
+def _outputs(model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> tuple[list[dict[str, np.ndarray]], str | None]:
     """Run the model; a fault at run time (not at opening) is returned as text: random inputs may be out of range."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 

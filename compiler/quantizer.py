@@ -67,9 +67,7 @@ def observed(model: ir.Model, supports: tuple[OpSupport, ...]) -> tuple[str, ...
     return observed_tensors(model, supports)
 
 
-def choose_ranges(
-    statistics: Mapping[str, TensorStatistics], method: str, scheme: QuantScheme
-) -> dict[str, Range]:
+def choose_ranges(statistics: Mapping[str, TensorStatistics], method: str, scheme: QuantScheme) -> dict[str, Range]:
     """Return each tensor's range by the method, for the scheme's activations."""
     return {name: calib_ranges.choose(stats, method, symmetric=scheme.symmetric) for name, stats in statistics.items()}
 

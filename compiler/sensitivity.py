@@ -11,7 +11,7 @@ Both sums are reduced inside the graph; two numbers a layer and image batch come
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -67,7 +67,7 @@ def _twin(original: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[str]]
     graph = twin.graph
     twin.opset_imports.update(quantized.opset_imports)
     exact = {v.name: v for node in graph for v in node.outputs} | {v.name: v for v in graph.inputs}
-    nodes = {node.name: node for node in graph}
+    nodes = {node.name or "": node for node in graph}
     copies = _copy_initializers(quantized.graph, graph)
     copies.update({v: exact[v.name] for v in quantized.graph.inputs})
     layers = []
@@ -76,10 +76,20 @@ def _twin(original: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[str]]
         if node.op_type == "QuantizeLinear" and node.inputs[0] is not None:
             inputs[0] = exact.get(node.inputs[0].name, inputs[0])
         outputs = [ir.Value(name=f"{v.name}::twin", type=v.type, shape=v.shape) for v in node.outputs]
-        graph.append(ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs, name=f"{node.name}::twin"))
+        graph.append(
+            ir.Node(
+                node.domain,
+                node.op_type,
+                inputs,
+                node.attributes.values(),
+                outputs=outputs,
+                name=f"{node.name}::twin",
+            )
+        )
         copies.update(zip(node.outputs, outputs, strict=True))
-        if node.name in nodes and _reads_dequantized(node) and nodes[node.name].op_type == node.op_type:
-            layers.append((node.name, nodes[node.name].outputs[0], outputs[0]))
+        same = nodes.get(node.name or "")
+        if same is not None and _reads_dequantized(node) and same.op_type == node.op_type:
+            layers.append((node.name or "", same.outputs[0], outputs[0]))
     graph.outputs.clear()
     for name, exact_out, twin_out in layers:
         _append_sums(graph, name, exact_out, twin_out)
@@ -90,11 +100,11 @@ def _twin(original: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[str]]
 
 def _copy_initializers(source: ir.Graph, target: ir.Graph) -> dict[ir.Value, ir.Value]:
     copies = {}
-    for value in source.initializers.values():
-        if value.name in target.initializers:
-            copies[value] = target.initializers[value.name]
+    for name, value in source.initializers.items():
+        if name in target.initializers:
+            copies[value] = target.initializers[name]
             continue
-        copy = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+        copy = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
         target.register_initializer(copy)
         copies[value] = copy
     return copies

@@ -51,7 +51,13 @@ def inspect(
 
 
 def bench(
-    model: Path, measured: Sequence[Measurement], console: Console, *, threads: int, profile: bool, as_json: bool
+    model: Path,
+    measured: Sequence[Measurement],
+    console: Console,
+    *,
+    threads: int,
+    profile: bool,
+    as_json: bool,
 ) -> None:
     """Show measurements, and with `profile` the time of each operator."""
     from ..backends import ort
@@ -59,7 +65,10 @@ def bench(
 
     times = ort.profile(model / bundle.MODEL if model.is_dir() else model, threads) if profile else []
     if as_json:
-        document = {"measurements": [serial.to_json(m) for m in measured], "operators": [serial.to_json(t) for t in times]}
+        document = {
+            "measurements": [serial.to_json(m) for m in measured],
+            "operators": [serial.to_json(t) for t in times],
+        }
         console.file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
         return
     terminal.render_measurements(list(measured), console)

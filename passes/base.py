@@ -37,3 +37,9 @@ class Pass(ir.passes.InPlacePass):
     stage: ClassVar[Stage]
     exact: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-4
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Run the pass, its pre- and postconditions checked, and return our own kind of result."""
+        result = self(model)
+        assert isinstance(result, PassResult), f"{self.name} must return edgec's PassResult"
+        return result

@@ -97,9 +97,10 @@ def _around_kernel(node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], p
         return None
     out = output_tensor(node)
     if row.output == "required":
-        if out.name not in ranges:
+        chosen = ranges.get(out.name or "")
+        if chosen is None:
             return "no-range", f"its output {out.name!r} has no calibrated range"
-        placement.ranges[out] = ranges[out.name]
+        placement.ranges[out] = chosen
         placement.produced.add(out)
     placement.nodes[node] = row.role
     for i in inputs:
@@ -136,7 +137,7 @@ def _skip_branch(node: ir.Node, placement: Placement) -> int | None:
         value is not None and value.producer() in placement.nodes and len(tuple(value.uses())) == 1
         for value in node.inputs
     ]
-    return {(True, False): 1, (False, True): 0, (True, True): 1}.get(tuple(straight))
+    return {(True, False): 1, (False, True): 0, (True, True): 1}.get((straight[0], straight[1]))
 
 
 # ------------------------------------------------------------------------------------------ objections

@@ -55,7 +55,12 @@ class QParams:
 
 
 def activation_params(chosen: Range, dtype: str, symmetric: bool) -> QParams:
-    """Return the scale and zero point that represent `chosen` (widened to hold 0) in `dtype`."""
+    """Return the scale and zero point that represent `chosen` (widened to hold 0) in `dtype`.
+
+    ValueError for a symmetric unsigned type: it could hold no negative number.
+    """
+    if symmetric and dtype.startswith("u"):
+        raise ValueError(f"symmetric {dtype} holds no negative number")
     low, high = min(chosen.min, 0.0), max(chosen.max, 0.0)
     qmin, qmax = LIMITS[dtype]
     if symmetric:

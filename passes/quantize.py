@@ -13,7 +13,7 @@ Not touched: subgraphs, float16 nodes, nodes whose weight is computed. It is los
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -77,36 +77,47 @@ class _Writer:
     def write(self) -> None:
         readers = {value: tuple(value.uses()) for value in self.placement.produced}
         for node, role in self.placement.nodes.items():
-            if role == "move":
-                self._move(node)
-                continue
-            for i in activation_inputs(node, self.table[node.op_type]):
-                self._read(node, i)
-            if role == "linear":
-                self._weight(node)
+            self._rewrite(node, role)
         for node, i in self.placement.reads:
             self._read(node, i)
         for value, uses in readers.items():
-            for node, i in uses:
-                if node.inputs[i] is value and self.placement.nodes.get(node) != "move":
-                    node.replace_input_with(i, self._dequantized(value))
-            if value.is_graph_output():
-                self._restore_output(value)
+            self._redirect(value, uses)
         moved = [node for node, role in self.placement.nodes.items() if role == "move"]
         self.graph.remove(moved, safe=True)
         self.graph.sort()
+        self._drop_replaced_weights()
+        if self.scheme.shield_float:
+            for node in [n for n in self.graph if self._looks_quantizable(n)]:
+                self._shield(node)
+
+    def _rewrite(self, node: ir.Node, role: str) -> None:
+        if role == "move":
+            self._move(node)
+            return
+        for i in activation_inputs(node, self.table[node.op_type]):
+            self._read(node, i)
+        if role == "linear":
+            self._weight(node)
+
+    def _redirect(self, value: ir.Value, uses: Sequence[ir.Usage]) -> None:
+        """Let every reader of a tensor that now exists as integers only read the dequantized one."""
+        for node, i in uses:
+            if node.inputs[i] is value and self.placement.nodes.get(node) != "move":
+                node.replace_input_with(i, self._dequantized(value))
+        if value.is_graph_output():
+            self._restore_output(value)
+
+    def _drop_replaced_weights(self) -> None:
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_input() and not value.is_graph_output():
-                del self.graph.initializers[name]  # the float weights that integers replaced
-        if self.scheme.shield_float:
-            for node in list(self.graph):
-                if node.op_type in ("Conv", "ConvTranspose", "Gemm") and self._looks_quantizable(node):
-                    self._shield(node)
+                del self.graph.initializers[name]
 
     # -------------------------------------------------------------------------------- layers kept in float
 
     def _looks_quantizable(self, node: ir.Node) -> bool:
         """Say whether a float layer stands between DequantizeLinear and QuantizeLinear."""
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            return False
         source, weight = (v.producer() if v is not None else None for v in node.inputs[:2])
         if source is None or source.op_type != "DequantizeLinear" or weight is not None:
             return False
@@ -126,7 +137,9 @@ class _Writer:
         else:
             slope, shielded = 1.0, out
         value = self._value(f"{out.name}_shielded", ir.DataType.FLOAT, out.shape)
-        shield = ir.node("LeakyRelu", [out], {"alpha": slope}, outputs=[value], name=self._unique(f"{node.name}_shield"))
+        shield = ir.node(
+            "LeakyRelu", [out], {"alpha": slope}, outputs=[value], name=self._unique(f"{node.name}_shield")
+        )
         for reader, i in tuple(shielded.uses()):
             if reader is not shield:
                 reader.replace_input_with(i, value)
@@ -177,12 +190,9 @@ class _Writer:
             zero = self._scale_and_zero(source)[1]
             inputs = [*inputs[:2], zero, *inputs[3:]]
         outputs = [
-            self._value(f"{out.name}_quantized", _DTYPES[self.scheme.activation], out.shape)
-            for out in node.outputs
+            self._value(f"{out.name}_quantized", _DTYPES[self.scheme.activation], out.shape) for out in node.outputs
         ]
-        self.graph.append(
-            ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=outputs, name=node.name)
-        )
+        self.graph.append(ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=outputs, name=node.name))
         for out, integer in zip(node.outputs, outputs, strict=True):
             self.params[out] = self.params[source]
             self.integers[out] = integer
@@ -216,7 +226,9 @@ class _Writer:
             if "beta" in node.attributes:
                 node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
             integers, bias_scales = quantize_bias(bias, scales, input_scale)
-            node.replace_input_with(2, self._constant_dq(bias_value.name, integers, bias_scales, None if axis is None else 0))
+            node.replace_input_with(
+                2, self._constant_dq(bias_value.name, integers, bias_scales, None if axis is None else 0)
+            )
 
     def _input_scale(self, dequantized: ir.Value) -> float:
         producer = dequantized.producer()
@@ -237,9 +249,7 @@ class _Writer:
         out = self._value(f"{value.name}_dequantized", ir.DataType.FLOAT, ir.Shape(weight.shape))
         return self._node("DequantizeLinear", [integer, scale, zero], out, value, attributes)
 
-    def _constant_dq(
-        self, name: str | None, integers: np.ndarray, scales: np.ndarray, axis: int | None
-    ) -> ir.Value:
+    def _constant_dq(self, name: str | None, integers: np.ndarray, scales: np.ndarray, axis: int | None) -> ir.Value:
         stored = self._constant(f"{name}_quantized", integers)
         scale, zero = self._scale_constants(name, scales, integers.dtype.type, axis)
         attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
@@ -276,7 +286,12 @@ class _Writer:
         return value
 
     def _node(
-        self, op: str, inputs: list[ir.Value], out: ir.Value, near: ir.Value, attributes: list[ir.Attr] | None = None
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        out: ir.Value,
+        near: ir.Value,
+        attributes: list[ir.Attr] | None = None,
     ) -> ir.Value:
         name = self._unique(f"{near.name}_{op}")
         self.graph.append(ir.Node("", op, inputs, attributes or (), outputs=[out], name=name))

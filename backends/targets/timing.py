@@ -62,7 +62,13 @@ def interleave(
 
 
 def summarise(
-    samples: Mapping[str, np.ndarray], baseline: str, *, target: str, threads: int, batch: int, providers: Mapping[str, str]
+    samples: Mapping[str, np.ndarray],
+    baseline: str,
+    *,
+    target: str,
+    threads: int,
+    batch: int,
+    providers: Mapping[str, str],
 ) -> dict[str, Measurement]:
     """Turn samples in milliseconds into measurements; `baseline` names the one that the others are compared with."""
     result = {}

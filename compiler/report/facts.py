@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import text
+from .tables import floats, in_integers
 
 if TYPE_CHECKING:
     from ..inspection import Inspection
@@ -16,6 +17,11 @@ Facts = tuple[tuple[str, str], ...]
 
 def _lines(pairs: Mapping[str, str]) -> Facts:
     return tuple((label, text.clean(line)) for label, line in pairs.items() if line)
+
+
+def layers(report: Report) -> Facts:
+    """How much of the model runs on integers, where not all of it does."""
+    return _lines({"layers": in_integers(report.layers) if floats(report) else ""})
 
 
 def of_report(report: Report) -> Facts:
@@ -52,11 +58,7 @@ def _preprocessing(report: Report) -> str:
         return ""
     mean, std = " ".join(f"{v:g}" for v in p.mean), " ".join(f"{v:g}" for v in p.std)
     at = f"{p.size[0]}x{p.size[1]} " if p.size else ""
-    scaled = (
-        f"pixel / {1 / p.scale:g}"
-        if p.scale and round(1 / p.scale, 6).is_integer()
-        else f"pixel x {p.scale:g}"
-    )
+    scaled = f"pixel / {1 / p.scale:g}" if p.scale and round(1 / p.scale, 6).is_integer() else f"pixel x {p.scale:g}"
     return f"{at}{p.resize}, {p.color}, {p.layout}, ({scaled} - mean {mean}) / std {std}"
 
 

@@ -117,9 +117,7 @@ def _dataclass(cls: type, data: Any, where: str) -> Any:
         if field.name in data:
             given[field.name] = _read(hints[field.name], data[field.name], f"{where}.{field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(
-                "the report is damaged: this field is missing", where=f"{where}.{field.name}", fix=_FIX
-            )
+            raise UserError("the report is damaged: this field is missing", where=f"{where}.{field.name}", fix=_FIX)
     return cls(**given)
 
 
@@ -149,9 +147,7 @@ def _tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
     hints = (args[0],) * len(data) if args[-1] is Ellipsis else args
     if len(hints) != len(data):
         raise _damaged(where, f"{len(hints)} values", data)
-    return tuple(
-        _read(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, data, strict=True))
-    )
+    return tuple(_read(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, data, strict=True)))
 
 
 def _mapping(args: tuple[Any, ...], data: Any, where: str) -> dict[str, Any]:
@@ -167,9 +163,7 @@ def _literal(args: tuple[Any, ...], data: Any, where: str) -> Any:
 
 
 def _damaged(where: str, wanted: str, found: object) -> UserError:
-    return UserError(
-        f"the report is damaged: expected {wanted}, found {str(found)[:40]!r}", where=where, fix=_FIX
-    )
+    return UserError(f"the report is damaged: expected {wanted}, found {str(found)[:40]!r}", where=where, fix=_FIX)
 
 
 _SCALARS: dict[type, tuple[type, ...]] = {

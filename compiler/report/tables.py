@@ -62,19 +62,23 @@ _SHARED: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def latency(report: Report) -> Table:
-    """Original as given, baseline after the exact passes, result."""
+def latency_rows(report: Report) -> list[tuple[str, Measurement]]:
+    """The original as given, the baseline after the exact passes, the result; the result is the last."""
     base, result = text.baseline_name(report), text.precision(report.precision)
-    rows = [
-        ("original", report.original),
-        (f"{base} baseline", report.baseline),
-        (f"{result} result", report.result),
-    ]
-    if text.is_baseline(report):
-        rows[1:] = [(f"{result} result", report.baseline)]
+    rows = [("original", report.original), (f"{base} baseline", report.baseline)]
+    return [*(rows[:1] if text.is_baseline(report) else rows), (f"{result} result", report.result)]
+
+
+def latency(report: Report) -> Table:
+    """What `latency_rows` measured."""
+    rows = latency_rows(report)
     table = timings("Latency of one call", rows)
-    against = f"speed-up is against the {base} baseline, from pairs of runs" if _has_speedup(rows) else None
-    return replace(table, notes=tuple(n for n in (*table.notes, against) if n), strong=len(rows) - 1)
+    base = text.baseline_name(report)
+    against = (f"speed-up is against the {base} baseline, from pairs of runs",) if _has_speedup(rows) else ()
+    limit = report.budget.max_latency_ms
+    held = "within" if limit is None or (report.result.median_ms or 0.0) <= limit else "over"
+    stated = () if limit is None or not table.rows else (f"{held} the budget of {text.ms(limit)}, as stated",)
+    return replace(table, notes=(*table.notes, *against, *stated), strong=len(rows) - 1)
 
 
 def timings(title: str, rows: Sequence[tuple[str, Measurement]]) -> Table:
@@ -184,10 +188,10 @@ def outputs(fidelity: Fidelity | None) -> Table:
 
 
 def attempts(found: Sequence[Attempt], *, numbered: bool = False) -> Table:
-    """Every candidate that was built and judged, the chosen one marked; its precision where the name hides it."""
+    """Every candidate that was built and judged; its precision where the name does not say it."""
     places = text.column_decimals(a.measurement.median_ms for a in found)
     hidden = any(not a.name.lower().startswith(a.precision.lower()) for a in found)
-    titles = ("#" if numbered else "", "candidate", *(["precision"] if hidden else []))
+    titles = ("##" if numbered else "", "candidate", *(["precision"] if hidden else []))
     rows = (
         (
             str(i) if numbered else "*" if a.chosen else "",
@@ -278,7 +282,7 @@ def is_float(layer: Layer) -> bool:
 
 
 def refusals(report: Report, limit: int | None = None) -> Table:
-    """Nodes by rule and reason, with their count; the first `limit` of each are named, all of them for None."""
+    """Nodes by rule and reason, with their count; the first `limit` of each are named, or all."""
     found = left_alone(report)
     groups: dict[tuple[str, str], list[str]] = {}
     for r in sorted(found, key=lambda r: r.rule):
@@ -287,7 +291,7 @@ def refusals(report: Report, limit: int | None = None) -> Table:
     cut = limit is not None and any(len(nodes) > limit for nodes in groups.values())
     title = f"Left as it was: {text.count(len(found), 'node') if found else 'nothing'}"
     hint = ("all of them: edgec inspect --why",) if cut else ()
-    return Table(title, columns("#", "rule", "node", "why"), rows, hint)
+    return Table(title, columns("#count", "rule", "node", "why"), rows, hint)
 
 
 def _first(nodes: Sequence[str], limit: int | None) -> str:

@@ -36,7 +36,7 @@ def render(report: Report, console: Console) -> None:
     _table(tables.passes(report.passes), console, optional=True)
     _table(tables.refusals(report, NAMED), console, optional=True)
     console.print()
-    _pairs(facts.of_report(report), console)
+    _pairs((*facts.layers(report), *facts.of_report(report)), console)
     if report.warnings or report.advice:
         console.print()
     for line in report.warnings:

@@ -97,8 +97,7 @@ def points(value: float | None) -> str:
 
 
 def _short(value: float) -> str:
-    text = f"{value + 0.0:.2f}"  # + 0.0 makes -0.0 a plain zero
-    return text[:-1] if text.endswith("0") else text
+    return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0 makes -0.0 a plain zero
 
 
 def ratio(value: float | None) -> str:
@@ -132,6 +131,11 @@ def sqnr(output: OutputFidelity) -> str:
 def why(missing: Measurement | Fidelity) -> str:
     """Return the reason why a figure is missing."""
     return clean(missing.reason or "no reason was recorded")
+
+
+def decibels(value: float | None) -> str:
+    """Return decibels with one decimal and the unit."""
+    return "not judged" if value is None else f"{fixed(value, 1)} dB"
 
 
 # --------------------------------------------------------------------------------------------- the headline
@@ -181,7 +185,8 @@ def _speed(report: Report) -> str:
     if gain is None:
         return f"{ms(result.median_ms)} a call ({baseline_name(report)} not measured: {why(base)})"
     low, high = result.speedup_low, result.speedup_high
-    between = "" if low is None or high is None else f", 95 % interval {low:.2f}-{high:.2f}"
+    ends = () if low is None or high is None else (low, high) if gain > 1 else (1 / high, 1 / low)
+    between = "".join(f", 95 % interval {a:.2f}-{b:.2f}" for a, b in [ends] if ends)
     detail = f"({ms(result.median_ms)} against {ms(base.median_ms)}{between})"
     return f"{comparison(gain, low, high)} {baseline_name(report)} {detail}"
 

@@ -1,4 +1,4 @@
-"""Decoder for FastestDet (dog-qiuqiu, BSD-3): its output as boxes, for `edgec --metric examples/detectors/fastestdet.py:decode`.
+"""Decoder for FastestDet (dog-qiuqiu, BSD-3): `edgec compile … --metric examples/detectors/fastestdet.py:decode`.
 
 Output (85, H, W) per image: objectness, 4 box numbers, 80 class probabilities. For the cell (i, j):
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-
 from edgec.compiler.boxes import suppress
 
 SCORE = 0.65
@@ -27,5 +26,12 @@ def decode(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
     tx, ty, tw, th = box[:, rows, columns].astype(np.float64)
     x, y = (np.tanh(tx) + columns) / grid.shape[2], (np.tanh(ty) + rows) / grid.shape[1]
     w, h = (1 / (1 + np.exp(-t)) for t in (tw, th))
-    found = [x - w / 2, y - h / 2, x + w / 2, y + h / 2, score[rows, columns], classes.argmax(0)[rows, columns]]
+    found = [
+        x - w / 2,
+        y - h / 2,
+        x + w / 2,
+        y + h / 2,
+        score[rows, columns],
+        classes.argmax(0)[rows, columns],
+    ]
     return suppress(np.stack(found, axis=1), OVERLAP)

@@ -1,0 +1,152 @@
+"""One compile, resolved: which device, backend, target, images and judge the options mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..backends import base as backends
+from ..backends.targets.local import LocalTarget
+from ..calib import folder
+from ..calib import preprocess as preprocessing
+from . import devices, fidelity
+from . import model as model_io
+from .errors import DataError, UnavailableError, UserError
+from .metrics import load_metric
+from .options import PLANNED_PRECISIONS, PRECISIONS, Options
+from .types import DeviceProfile, Preprocess, Progress
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..backends.base import Backend
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compile: what was asked, resolved to objects."""
+
+    path: Path
+    options: Options
+    profile: DeviceProfile
+    backend: Backend
+    target: LocalTarget | None
+    not_measured: str | None
+    threads: int
+    preprocess: Preprocess | None
+    images: folder.Folder | None
+    judged: folder.Folder | None
+    metric: fidelity.Metric | None
+    progress: Progress
+
+
+def check_precision(options: Options) -> None:
+    """Raise UserError for a precision that is unknown or not in this version."""
+    if options.precision in PLANNED_PRECISIONS:
+        raise UserError(
+            f"{options.precision} is not in this version of edgec",
+            where="--precision",
+            fix="choose one of: " + ", ".join(PRECISIONS),
+        )
+    if options.precision not in PRECISIONS:
+        raise UserError(
+            f"unknown precision {options.precision!r}",
+            where="--precision",
+            fix="choose one of: " + ", ".join(PRECISIONS),
+        )
+
+
+def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -> Job:
+    """Resolve the options for one model.
+
+    Raises DeviceError, DataError, UserError (exit code 2) and UnavailableError (4), all before any work is done.
+    """
+    profile = devices.find(options.device)
+    url = options.target or ("local" if devices.is_this_machine(profile) else None)
+    backend = _backend(options, profile, url)
+    target, why = _target(url, profile, backend)
+    specs = model_io.input_specs(model)
+    pre = images = judged = None
+    if options.calib or options.eval:
+        pre = preprocessing.resolve(options.preprocess, path, specs[0])
+    if options.calib:
+        images = folder.open_folder(options.calib, pre, specs)
+    if options.eval:
+        judged = folder.open_folder(options.eval, pre, specs)
+    elif images is not None:
+        images, judged = images.split(options.seed)
+    _refuse_unsupported(backend, profile, model)
+    return Job(
+        path=path,
+        options=options,
+        profile=profile,
+        backend=backend,
+        target=target,
+        not_measured=why,
+        threads=options.threads or devices.usable_cores(),
+        preprocess=pre,
+        images=images,
+        judged=judged,
+        metric=load_metric(options.metric) if options.metric else None,
+        progress=progress,
+    )
+
+
+def _backend(options: Options, profile: DeviceProfile, url: str | None) -> Backend:
+    """Return the backend that was named, or the device's first choice that can run where it shall be measured."""
+    if options.backend != "auto":
+        return backends.load(options.backend)
+    known = [backends.load(name) for name in profile.backends if name in backends.BACKENDS]
+    if url == "local":
+        known = [b for b in known if b.unavailable() is None]
+    return known[0]
+
+
+def _target(url: str | None, profile: DeviceProfile, backend: Backend) -> tuple[LocalTarget | None, str | None]:
+    """Return where to measure, or why nothing is measured. UnavailableError for what was asked and is not there."""
+    if url is None:
+        return None, f"this machine is not a {profile.title}; carry the bundle there and run edgec bench on it"
+    if url != "local":
+        raise UnavailableError(
+            f"target {url!r} is not in this version of edgec",
+            where="--target",
+            fix="use --target local, or leave it out",
+        )
+    problem = backend.unavailable()
+    if problem is not None:
+        raise problem
+    return LocalTarget(), None
+
+
+def wants_integers(job: Job) -> bool:
+    """Say whether INT8 shall be tried. UserError or DataError where it was named but cannot be."""
+    if job.options.precision == "fp32":
+        return False
+    scheme = job.backend.schemes(job.profile)["int8"]
+    has_ranges = job.images is not None or job.options.ranges is not None
+    if job.options.precision == "int8":
+        if isinstance(scheme, str):
+            raise UserError(
+                scheme,
+                where="--precision int8",
+                fix="leave --precision out, or choose another device or backend",
+            )
+        if not has_ranges:
+            raise DataError(
+                "INT8 needs images to calibrate on",
+                where="--precision int8",
+                fix="add --calib FOLDER, or --ranges FILE",
+            )
+    return has_ranges and not isinstance(scheme, str)
+
+
+def _refuse_unsupported(backend: Backend, profile: DeviceProfile, model: ir.Model) -> None:
+    refusals = backend.check(model, profile)
+    if refusals:
+        lines = "; ".join(f"{r.node}: {r.why}" for r in refusals[:5])
+        raise UserError(
+            f"{len(refusals)} nodes cannot run there: {lines}",
+            where=f"backend {backend.name}",
+            fix="choose --backend ort",
+        )

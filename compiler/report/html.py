@@ -1,0 +1,286 @@
+"""The report as one page that opens offline: inline style, inline SVG, no script. Everything is escaped.
+
+The markup is XML as well as HTML, so that a test can hold it to being well-formed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from ..types import Layer, Report
+from . import charts, facts, tables, text
+from .style import CSS
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def render(report: Report) -> str:
+    """Return the whole page."""
+    parts = (
+        _header(report),
+        _cards(report),
+        _says("Warning", report.warnings, "warning"),
+        _says("Advice", report.advice, "advice"),
+        _latency(report),
+        _quality(report),
+        _attempts(report),
+        _size(report),
+        _layers(report),
+        _passes(report),
+        _refusals(report),
+        _section("How this was made", _facts(facts.of_report(report))),
+    )
+    title = escape(f"{text.clean(report.model)}: edgec report")
+    return _PAGE.format(title=title, css=CSS, body="\n".join(p for p in parts if p))
+
+
+# --------------------------------------------------------------------------------------------- the top
+
+
+def _header(report: Report) -> str:
+    """The headline as it is written, its first claim set large."""
+    claim, rest = _split(text.clean(report.headline) or text.headline(report))
+    rest = f'<span class="rest">{_typeset(rest)}</span>' if rest else ""
+    return (
+        f'<header><p class="kicker">{escape(text.clean(report.model))} compiled by edgec</p>'
+        f"<h1>{_typeset(claim)} {rest}</h1></header>"
+    )
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Part "claim (detail), more" into "claim" and "detail; more"; without brackets at the first comma."""
+    claim, bracket, rest = line.partition(" (")
+    if not bracket or ", " in claim:
+        claim, _, rest = line.partition(", ")
+        return claim, rest
+    detail, closed, more = rest.partition("), ")
+    return claim, f"{detail}; {more}" if closed else rest.removesuffix(")")
+
+
+def _cards(report: Report) -> str:
+    cards = (_speed_card, _latency_card, _quality_card, _size_card)
+    return f'<div class="cards">{"".join(card(report) for card in cards)}</div>'
+
+
+def _card(label: str, value: str, about: str, kind: str = "") -> str:
+    """Return a card; `kind` is "lead" for the one in colour, "none" where there is no figure."""
+    shown = f'<p class="value">{_typeset(value)}</p>'
+    return f'<div class="card {kind}"><p>{escape(label)}</p>{shown}<p>{_typeset(about)}</p></div>'
+
+
+def _speed_card(report: Report) -> str:
+    gain, result = text.speedup(report), report.result
+    if gain is None or text.is_baseline(report):
+        return ""
+    between = text.interval(result.speedup_low, result.speedup_high, 2)
+    about = f"95 % interval {between}" if between else "ratio of the medians"
+    return _card(f"Speed against {text.baseline_name(report)}", text.ratio(gain), about, "lead")
+
+
+def _latency_card(report: Report) -> str:
+    result, other = report.result, report.original if text.is_baseline(report) else report.baseline
+    if result.median_ms is None:
+        return _card("Latency of one call", "not measured", text.why(result), "none")
+    name = "original" if other is report.original else text.baseline_name(report)
+    return _card("Latency of one call", text.ms(result.median_ms), f"{name} {text.ms(other.median_ms)}")
+
+
+def _quality_card(report: Report) -> str:
+    f = report.fidelity
+    if f is None or f.value is None:
+        why = "no images to compare on" if f is None else text.why(f)
+        return _card("Quality", "not judged", why, "none")
+    name = text.METRICS.get(f.metric, f.metric)
+    lost = f"{text.points(f.drop)} lost of {text.points(report.budget.max_drop)} allowed"
+    return _card(f"{name[0].upper()}{name[1:]}", text.percent(f.value), lost)
+
+
+def _size_card(report: Report) -> str:
+    before, after = report.size_before_bytes, report.size_after_bytes
+    change = f", {100 * (after / before - 1):+.0f} %" if before else ""
+    return _card("File size", text.size(after), f"original {text.size(before)}{change}")
+
+
+def _says(label: str, lines: Sequence[str], kind: str) -> str:
+    if not lines:
+        return ""
+    items = "".join(f"<li><b>{label}</b> {escape(text.clean(line))}</li>" for line in lines)
+    return f'<ul class="says {kind}">{items}</ul>'
+
+
+# --------------------------------------------------------------------------------------------- sections
+
+
+def _latency(report: Report) -> str:
+    table, rows = tables.latency(report), tables.latency_rows(report)
+    bars = [
+        charts.Bar(label, text.ms(m.median_ms), m.median_ms, m.low_ms, m.high_ms, m is rows[-1][1])
+        for label, m in rows
+        if m.median_ms is not None
+    ]
+    title = "Median latency: " + ", ".join(f"{b.label} {b.figure}" for b in bars)
+    caption = "Median of one call; the whiskers are its 95 % interval."
+    chart = _figure(charts.bars(title, bars), caption) if len(bars) > 1 else ""
+    return _section(table.title, chart + _table(table))
+
+
+def _quality(report: Report) -> str:
+    table = tables.quality(report.fidelity, report.budget)
+    return _section(table.title, _table(table) + _table(tables.outputs(report.fidelity)))
+
+
+def _attempts(report: Report) -> str:
+    if len(report.attempts) < 2:
+        return ""
+    table = tables.attempts(report.attempts, numbered=True)
+    return _section(table.title, _scatter(report) + _table(table))
+
+
+def _scatter(report: Report) -> str:
+    points = [
+        charts.Point(str(i), _typeset_plain(f"{a.name}: {text.ms(ms)}, {text.points(drop)} lost"), ms, drop, a.chosen)
+        for i, a in enumerate(report.attempts, 1)
+        if (ms := a.measurement.median_ms) is not None and a.fidelity and (drop := a.fidelity.drop) is not None
+    ]
+    if len(points) < 2:
+        return ""
+    base, budget = report.baseline.median_ms, report.budget.max_drop
+    title = "Points lost against latency: " + "; ".join(p.about for p in points)
+    chart = charts.scatter(title, points, right=base, limit=budget)
+    lines = f"dashed: the budget of {text.points(budget)}"
+    lines += "" if base is None else f" and {text.baseline_name(report)}, {text.ms(base)}"
+    axes = "Points lost (downwards) against milliseconds of one call: best is the upper left"
+    caption = f"{axes}. Numbers as in the table; {lines}."
+    return _figure(chart, caption)
+
+
+def _size(report: Report) -> str:
+    sizes = (
+        ("original", report.size_before_bytes),
+        (f"{text.precision(report.precision)} result", report.size_after_bytes),
+    )
+    bars = [charts.Bar(label, text.size(count), float(count), strong=i == 1) for i, (label, count) in enumerate(sizes)]
+    title = "File size: " + ", ".join(f"{b.label} {b.figure}" for b in bars)
+    return _section("File size", charts.bars(title, bars))
+
+
+def _layers(report: Report) -> str:
+    if not report.layers:
+        return ""
+    table = tables.layers(report.layers, numbered=True)
+    return _section(
+        table.title,
+        _layer_chart(report) + _details(f"All {text.count(len(report.layers), 'layer')}", _table(table)),
+    )
+
+
+def _layer_chart(report: Report) -> str:
+    judged = [x for x in report.layers if x.sqnr_db is not None and not tables.is_float(x)]
+    if not judged:
+        return ""
+    worst = min(judged, key=lambda x: x.sqnr_db or 0.0)
+    weakest = f"{text.clean(worst.node)}, {text.decibels(worst.sqnr_db)}"
+    found = [charts.Column(_layer(x), x.sqnr_db, hollow=tables.is_float(x), strong=x is worst) for x in report.layers]
+    says = f"Each layer's own SQNR in dB, in the order of execution; higher is better. Weakest: {weakest}."
+    hatched = " Hatched: left in float." if any(c.hollow for c in found) else ""
+    gaps = " A gap: not judged." if any(c.value is None and not c.hollow for c in found) else ""
+    title = f"Own SQNR of {text.count(len(found), 'layer')}; the weakest: {weakest}"
+    return _figure(charts.columns(title, found), says + hatched + gaps)
+
+
+def _layer(layer: Layer) -> str:
+    figure = "in float" if tables.is_float(layer) else text.decibels(layer.sqnr_db)
+    return f"{text.clean(layer.node)}: {figure}"
+
+
+def _passes(report: Report) -> str:
+    table = tables.passes(report.passes)
+    return _section(table.title, _table(table)) if table.rows else ""
+
+
+def _refusals(report: Report) -> str:
+    table = tables.refusals(report)
+    if not table.rows:
+        return ""
+    return _section(table.title, _details("Which, and why", _table(table)))
+
+
+# --------------------------------------------------------------------------------------------- setting
+
+
+def _section(title: str, inside: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{inside}</section>"
+
+
+def _figure(chart: str, caption: str) -> str:
+    return f"<figure>{chart}<figcaption>{_typeset(caption)}</figcaption></figure>"
+
+
+def _details(summary: str, inside: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
+
+
+def _facts(lines: facts.Facts) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(label)}</dt><dd>{escape(line)}</dd>' for label, line in lines)}</dl>"
+
+
+def _table(table: tables.Table) -> str:
+    notes = "".join(f'<p class="note">{_typeset(note)}</p>' for note in table.notes)
+    if not table.rows:
+        return notes
+    heads = "".join(_cell("th", c.title, c.number, i) for i, c in enumerate(table.columns))
+    rows = "".join(_row(table, i) for i in range(len(table.rows)))
+    name = escape(table.title)
+    grid = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll" role="region" aria-label="{name}" tabindex="0">{grid}</div>{notes}'
+
+
+def _row(table: tables.Table, index: int) -> str:
+    cells = zip(table.rows[index], table.columns, strict=True)
+    strong = ' class="strong"' if index == table.strong else ""
+    return f"<tr{strong}>{''.join(_cell('td', text_, c.number, i) for i, (text_, c) in enumerate(cells))}</tr>"
+
+
+def _cell(tag: str, content: str, number: bool, index: int) -> str:
+    if number:
+        return f'<{tag} class="number">{_typeset(content)}</{tag}>'
+    kind = ' class="first"' if index == 0 else ' class="prose"' if len(content) > 24 else ""
+    return f"<{tag}{kind}>{escape(content)}</{tag}>"
+
+
+def _typeset(line: str) -> str:
+    """Escape a line of ours and give it its proper signs: 1.85x, 1.80-1.90, ->, a minus."""
+    return escape(_typeset_plain(line))
+
+
+def _typeset_plain(line: str) -> str:
+    for pattern, sign in _SIGNS:
+        line = pattern.sub(sign, line)
+    return line
+
+
+_SIGNS = (
+    (re.compile(r"(?<=\d)x(?![\w])"), "\u00d7"),
+    (re.compile(r"(?<=\.\d\d)-(?=\d+\.)| - (?=\d)"), "\u2013"),
+    (re.compile(r" \.\. "), " \u2026 "),
+    (re.compile(r"->"), "\u2192"),
+    (re.compile(r"(?<![\w-])-(?=\d)"), "\u2212"),
+    (re.compile(r"^-$"), "\u2013"),
+    (re.compile(r"(?<=\d) (?=(ms|s|k?B|MB|GB|dB|%|points?)\b|%)"), "\u00a0"),
+)
