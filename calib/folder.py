@@ -31,16 +31,17 @@ _Read = tuple[Item, Mapping[str, np.ndarray]]
 
 @dataclass(eq=False)
 class Batch:
-    """`count` samples: `feed` maps input names to arrays whose first dimension is the batch.
+    """`count` samples: `feed` maps input names to arrays whose first dimension is the batch, of `rows` rows.
 
-    Where the model's batch is fixed, or padding was asked for, the feed may have more rows than `count`: the last
-    sample repeated. `labels` (int64, `count`) is None for folders without classes; `names` are the items' names.
+    Where the model's batch is fixed, or padding was asked for, there may be more rows than `count`: the last sample
+    repeated. `labels` (int64, `count`) is None for folders without classes; `names` are the items' names.
     """
 
     feed: Mapping[str, np.ndarray]
     labels: np.ndarray | None
     names: tuple[str, ...]
     count: int
+    rows: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +190,7 @@ class Folder:
         stacked = feeds + feeds[-1:] * (rows - len(feeds))
         feed = {name: _stack([f[name] for f in stacked]) for name in feeds[0]}
         labels = None if self._classes is None else np.array([self._label(item) for item in items], dtype=np.int64)
-        return Batch(feed, labels, tuple(item.name for item in items), len(items))
+        return Batch(feed, labels, tuple(item.name for item in items), len(items), len(stacked))
 
     @property
     def _known(self) -> tuple[Item, ...]:

@@ -55,8 +55,12 @@ class Histogram:
         self.counts += np.bincount(self._bins(values.ravel()), minlength=len(self.counts))
 
     def _bins(self, values: np.ndarray) -> np.ndarray:
-        width = self.high - self.low
+        """Return the bin of each value; in float32, which is off by one bin at most."""
+        width, count = self.high - self.low, len(self.counts)
         if width < _TINY:
-            return np.zeros(values.shape, np.int32)
-        bins = ((values - np.float32(self.low)) * np.float32(len(self.counts) / width)).astype(np.int32)
-        return np.clip(bins, 0, len(self.counts) - 1, out=bins)
+            return np.zeros(values.shape, np.intp)
+        position = values * np.float32(count / width)
+        if self.low:
+            position -= np.float32(self.low * count / width)
+        np.minimum(position, np.float32(count - 1), out=position)
+        return position.astype(np.intp)

@@ -6,8 +6,9 @@ pages count as resident memory), so that a model larger than the memory can be l
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,29 +57,38 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
         yield tensor.tobytes()
 
 
-def in_memory(tensor: ir.ExternalTensor) -> ir.LazyTensor:
-    """Return a tensor with the same value that is read, without being kept, when it is serialised."""
+def bring_in(values: Iterable[ir.Value]) -> None:
+    """Let the initializers `values` that lie outside be read, without being kept, when they are serialised."""
+    for value in values:
+        if isinstance(value.const_value, ir.ExternalTensor):
+            read = functools.partial(_in_memory, value.const_value)
+            dtype, shape = value.const_value.dtype, value.const_value.shape
+            value.const_value = ir.LazyTensor(read, dtype=dtype, shape=shape, name=value.name)
 
-    def read() -> ir.TensorProtocol:
-        data = b"".join(chunks(tensor))
-        dims = tensor.shape.numpy()
-        return ir.serde.TensorProtoTensor(onnx.TensorProto(data_type=tensor.dtype, dims=dims, raw_data=data))
 
-    return ir.LazyTensor(read, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    data = b"".join(chunks(tensor))
+    dims = tensor.shape.numpy()
+    return ir.serde.TensorProtoTensor(onnx.TensorProto(data_type=tensor.dtype, dims=dims, raw_data=data))
 
 
 def move_out(values: list[ir.Value], location: str) -> list[tuple[int, ir.TensorProtocol]]:
     """Make the larger initializers in `values` refer to file `location`; return (offset, data) to write."""
+    bring_in(value for value in values if not _is_large(value.const_value))
     plan, end = [], 0
     for value in values:
         tensor = value.const_value
-        if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes <= INLINE_BYTES:
+        if tensor is None or not _is_large(tensor):
             continue
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         end = offset + tensor.nbytes
         plan.append((offset, tensor))
         value.const_value = reference(tensor, location, offset)
     return plan
+
+
+def _is_large(tensor: ir.TensorProtocol | None) -> bool:
+    return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes > INLINE_BYTES
 
 
 def reference(tensor: ir.TensorProtocol, location: str, offset: int | None) -> ir.ExternalTensor:
@@ -147,14 +157,18 @@ def _inside(location: str, owner: str, path: Path) -> Path:
 
 
 def _read(file: Path, offset: int, length: int) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        stream.seek(offset)
-        while length:
-            chunk = stream.read(min(_CHUNK, length))
-            if not chunk:
-                raise ModelError("has become shorter while it was read", where=str(file), fix=_BESIDE)
-            length -= len(chunk)
-            yield chunk
+    while length:
+        try:
+            with file.open("rb") as stream:
+                stream.seek(offset)
+                chunk = stream.read(min(_CHUNK, length))
+        except OSError as error:  # not to be taken for a fault of whoever is writing what we yield
+            what = f"holds weights and can no longer be read: {error.strerror}"
+            raise ModelError(what, where=str(file), fix=_BESIDE) from error
+        if not chunk:
+            raise ModelError("holds weights and has become shorter", where=str(file), fix=_BESIDE)
+        offset, length = offset + len(chunk), length - len(chunk)
+        yield chunk
 
 
 def _fault(what: str, path: Path, fix: str) -> ModelError:

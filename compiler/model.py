@@ -46,7 +46,7 @@ def load(path: Path) -> ir.Model:
         model_checks.check(proto, str(path))
         external_data.resolve(proto, path)
         model = ir.serde.deserialize_model(proto)
-    except (ir.serde.SerdeError, UnicodeDecodeError) as error:
+    except ir.serde.SerdeError as error:
         raise ModelError(f"is damaged: {_root(error)}", where=str(path), fix=onnx_file.GET_AGAIN) from error
     try:
         for graph in _outermost(model):
@@ -59,7 +59,7 @@ def load(path: Path) -> ir.Model:
 
 
 def size_bytes(path: Path) -> int:
-    """The bytes of the ONNX file at `path` and of its external data files. Raises ModelError."""
+    """The bytes of the ONNX file at `path`, one that `load` accepts, and of its external data files."""
     path = Path(path)
     outside = external_data.files(onnx_file.parse(path), path)
     return path.stat().st_size + sum(file.stat().st_size for file in outside)
@@ -77,7 +77,8 @@ def _modernise(model: ir.Model) -> None:
     for imports in _imports(model):
         if "ai.onnx" in imports:
             imports[""] = imports.pop("ai.onnx")
-    model.opset_imports.setdefault("com.microsoft", 1)  # onnxruntime takes its operators without an import
+    if any(node.domain == "com.microsoft" for node in model.graph.all_nodes()):
+        model.opset_imports.setdefault("com.microsoft", 1)  # onnxruntime can do without the import
     if (
         model.ir_version < 4
     ):  # from then on an initializer among the inputs is a default that callers may override
@@ -119,9 +120,7 @@ def save(model: ir.Model, path: Path) -> list[Path]:
 def serialize(model: ir.Model) -> bytes:
     """Return `model` as the bytes of one ONNX file, its external weights brought in; under 2 GB."""
     lean = _lean(model)
-    for value in _initializers(lean):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = external_data.in_memory(value.const_value)
+    external_data.bring_in(_initializers(lean))
     data: bytes = ir.serde.serialize_model(lean).SerializeToString()
     return data
 

@@ -34,11 +34,12 @@ def parse(path: Path) -> onnx.ModelProto:
 
 def _read(path: Path) -> bytes:
     where = str(path)
-    if path.is_dir():
-        raise ModelError("is a folder", where=where, fix="name the .onnx file in it")
     try:
-        size = path.stat().st_size
-        if size > SIZE_LIMIT:
+        if path.is_dir():
+            raise ModelError("is a folder", where=where, fix="name the .onnx file in it")
+        if path.exists() and not path.is_file():
+            raise ModelError("is no regular file", where=where, fix="save the model to a file first")
+        if path.stat().st_size > SIZE_LIMIT:
             what = "is larger than 2 GB, which no ONNX file can be"
             raise ModelError(what, where=where, fix="export the model with its weights as external data")
         data = path.read_bytes()

@@ -10,7 +10,7 @@ and models can be compared, checked and converted without a byte of their weight
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -32,10 +32,10 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value
 
 
-def small_array(value: ir.Value | None) -> np.ndarray | None:
-    """Return a constant of at most SMALL_BYTES as an array; None for all else."""
+def small_array(value: ir.Value | None, limit: int = SMALL_BYTES) -> np.ndarray | None:
+    """Return a constant of at most `limit` bytes as an array; None for all else."""
     tensor = constant(value)
-    if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes > SMALL_BYTES:
+    if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes > limit:
         return None
     return tensor.numpy()
 
@@ -56,7 +56,7 @@ def why_fixed(value: ir.Value) -> str | None:
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """Add `tensor` to `graph` as an initializer called `name` (which must be free) and return its value."""
     value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
     )
     graph.register_initializer(value)
     return value
@@ -90,16 +90,16 @@ def supplant(old: ir.Value, new: ir.Value) -> None:
 
 
 class Names:
-    """The names of values and nodes that are taken in a model; gives out free ones."""
+    """Names that are taken; gives out free ones."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self._taken: set[str | None] = set()
-        for graph in graphs(model):
-            self._taken.update(value.name for value in graph.inputs)
-            self._taken.update(graph.initializers)
-            for node in graph:
-                self._taken.add(node.name)
-                self._taken.update(value.name for value in node.outputs)
+    def __init__(self, taken: Iterable[str | None]) -> None:
+        self._taken = set(taken)
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Names:
+        """Start with all names of values and nodes of `model`."""
+        nodes = [node for graph in graphs(model) for node in graph]
+        return cls([*(value.name for value in values(model)), *(node.name for node in nodes)])
 
     def fresh(self, stem: str) -> str:
         """Return `stem`, or `stem_2`, `stem_3`, … if that is taken; it is taken from then on."""
@@ -109,6 +109,15 @@ class Names:
             name = f"{stem}_{number}"
         self._taken.add(name)
         return name
+
+
+def values(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield every value of the model once: inputs and outputs of the main graph first, functions left out."""
+    found = [*model.graph.inputs, *model.graph.outputs]
+    for graph in graphs(model):
+        found += [*graph.inputs, *graph.initializers.values()]
+        found += [value for node in graph for value in node.outputs]
+    yield from dict.fromkeys(found)
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
@@ -136,7 +145,7 @@ def without_weights(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
     ]
     for value, tensor in large:
         value.const_value = ir.ExternalTensor(
-            str(id(tensor)), 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or ""
+            str(id(tensor)), 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
         )
     try:
         yield {str(id(tensor)): tensor for _, tensor in large}

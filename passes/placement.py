@@ -6,7 +6,8 @@ kernels   A node is quantized where the backend has an integer kernel for it: it
           DequantizeLinear, and its output, after a ReLU or Clip that the rounding absorbs, goes into
           QuantizeLinear. Every consumer of that output then reads the dequantized tensor, since the float one
           no longer exists. A `combine` node (Add, Concat, …) joins only if an input of it is an integer
-          already; a `move` node (Reshape, MaxPool, …) works on the integers themselves.
+          already and something behind it works on integers too; a `move` node (Reshape, MaxPool, …) works on
+          the integers themselves.
 inputs    Q/DQ stands in front of Conv, ConvTranspose, Gemm and MatMul, and on the skip branch of a residual Add
           whose other branch comes out of such a node; nothing on their outputs. This is what TensorRT fuses.
 
@@ -60,7 +61,7 @@ def place(
         why = keep_float.get(node.name or "")
         refusal = ("kept-float", why) if why else _objection(node, row, ranges, model)
         if refusal is None:
-            refusal = step(node, row, ranges, placement)
+            refusal = step(node, row, ranges, placement, frozenset(table))
         if refusal is not None and (row.role == "linear" or refusal[0] == "kept-float"):
             placement.refusals.append(Refusal(node.name or node.op_type, *refusal))
     return placement
@@ -87,7 +88,9 @@ def output_tensor(node: ir.Node) -> ir.Value:
 Objection = tuple[str, str] | None
 
 
-def _around_kernel(node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], placement: Placement) -> Objection:
+def _around_kernel(
+    node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], placement: Placement, ops: frozenset[str]
+) -> Objection:
     inputs = activation_inputs(node, row)
     if row.role != "linear" and not any(node.inputs[i] in placement.produced for i in inputs):
         return "no-integer-input", "none of its inputs is an integer tensor, so rounding it would only cost"
@@ -96,6 +99,8 @@ def _around_kernel(node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], p
         placement.produced.update(node.outputs)
         return None
     out = output_tensor(node)
+    if row.role == "combine" and not any(use.node.op_type in ops for use in out.uses()):
+        return "no-integer-reader", "nothing behind it works on integers, so rounding its output would only cost"
     if row.output == "required":
         chosen = ranges.get(out.name or "")
         if chosen is None:
@@ -108,7 +113,9 @@ def _around_kernel(node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], p
     return None
 
 
-def _in_front(node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], placement: Placement) -> Objection:
+def _in_front(
+    node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], placement: Placement, ops: frozenset[str]
+) -> Objection:
     if row.role == "linear":
         placement.nodes[node] = row.role
         _read(node, 0, ranges, placement)

@@ -8,10 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import accumulate
 
 from ..types import Layer, Report
 from . import charts, facts, tables, text
 from .style import CSS
+
+#: Characters up to which a cell is a name and kept on one line; longer ones are sentences.
+_NAME = 28
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -64,13 +68,16 @@ def _header(report: Report) -> str:
 
 
 def _split(line: str) -> tuple[str, str]:
-    """Part "claim (detail), more" into "claim" and "detail; more"; without brackets at the first comma."""
-    claim, bracket, rest = line.partition(" (")
+    """Part "device: claim (detail), more" into claim and "detail; more"; without brackets at the first comma."""
+    start = line.find(": ") + 1  # the device's own name may hold brackets
+    claim, bracket, rest = line[start:].partition(" (")
     if not bracket or ", " in claim:
-        claim, _, rest = line.partition(", ")
-        return claim, rest
-    detail, closed, more = rest.partition("), ")
-    return claim, f"{detail}; {more}" if closed else rest.removesuffix(")")
+        claim, _, rest = line[start:].partition(", ")
+        return line[:start] + claim, rest
+    depths = accumulate({"(": 1, ")": -1}.get(c, 0) for c in rest)
+    end = next((i for i, depth in enumerate(depths) if depth < 0), len(rest))
+    more = rest[end + 1 :].removeprefix(", ")
+    return line[:start] + claim, rest[:end] + (f"; {more}" if more else "")
 
 
 def _cards(report: Report) -> str:
@@ -106,7 +113,7 @@ def _quality_card(report: Report) -> str:
     if f is None or f.value is None:
         why = "no images to compare on" if f is None else text.why(f)
         return _card("Quality", "not judged", why, "none")
-    name = text.METRICS.get(f.metric, f.metric)
+    name = text.METRICS.get(f.metric, text.clean(f.metric))
     lost = f"{text.points(f.drop)} lost of {text.points(report.budget.max_drop)} allowed"
     return _card(f"{name[0].upper()}{name[1:]}", text.percent(f.value), lost)
 
@@ -154,7 +161,7 @@ def _attempts(report: Report) -> str:
 
 def _scatter(report: Report) -> str:
     points = [
-        charts.Point(str(i), _typeset_plain(f"{a.name}: {text.ms(ms)}, {text.points(drop)} lost"), ms, drop, a.chosen)
+        charts.Point(str(i), f"{text.clean(a.name)}: {text.ms(ms)}, {text.points(drop)} lost", ms, drop, a.chosen)
         for i, a in enumerate(report.attempts, 1)
         if (ms := a.measurement.median_ms) is not None and a.fidelity and (drop := a.fidelity.drop) is not None
     ]
@@ -244,7 +251,7 @@ def _table(table: tables.Table) -> str:
     notes = "".join(f'<p class="note">{_typeset(note)}</p>' for note in table.notes)
     if not table.rows:
         return notes
-    heads = "".join(_cell("th", c.title, c.number, i) for i, c in enumerate(table.columns))
+    heads = "".join(_cell("th", c.title, c.number) for c in table.columns)
     rows = "".join(_row(table, i) for i in range(len(table.rows)))
     name = escape(table.title)
     grid = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
@@ -254,25 +261,21 @@ def _table(table: tables.Table) -> str:
 def _row(table: tables.Table, index: int) -> str:
     cells = zip(table.rows[index], table.columns, strict=True)
     strong = ' class="strong"' if index == table.strong else ""
-    return f"<tr{strong}>{''.join(_cell('td', text_, c.number, i) for i, (text_, c) in enumerate(cells))}</tr>"
+    return f"<tr{strong}>{''.join(_cell('td', content, c.number) for content, c in cells)}</tr>"
 
 
-def _cell(tag: str, content: str, number: bool, index: int) -> str:
+def _cell(tag: str, content: str, number: bool) -> str:
     if number:
         return f'<{tag} class="number">{_typeset(content)}</{tag}>'
-    kind = ' class="first"' if index == 0 else ' class="prose"' if len(content) > 24 else ""
-    return f"<{tag}{kind}>{escape(content)}</{tag}>"
+    kind = "prose" if max(map(len, content.split("\n"))) > _NAME else "name"
+    return f'<{tag} class="{kind}">{escape(content)}</{tag}>'
 
 
 def _typeset(line: str) -> str:
     """Escape a line of ours and give it its proper signs: 1.85x, 1.80-1.90, ->, a minus."""
-    return escape(_typeset_plain(line))
-
-
-def _typeset_plain(line: str) -> str:
     for pattern, sign in _SIGNS:
         line = pattern.sub(sign, line)
-    return line
+    return escape(line)
 
 
 _SIGNS = (
@@ -281,6 +284,7 @@ _SIGNS = (
     (re.compile(r" \.\. "), " \u2026 "),
     (re.compile(r"->"), "\u2192"),
     (re.compile(r"(?<![\w-])-(?=\d)"), "\u2212"),
+    (re.compile(r"(?<=top)-(?=\d)"), "\u2011"),
     (re.compile(r"^-$"), "\u2013"),
     (re.compile(r"(?<=\d) (?=(ms|s|k?B|MB|GB|dB|%|points?)\b|%)"), "\u00a0"),
 )

@@ -29,9 +29,9 @@ h1 .rest { font-weight: 400; color: var(--muted); font-size: 1.0625rem; letter-s
   margin-top: .5rem; line-height: 1.5; }
 h2 { margin: 0 0 .9rem; font-size: 1.0625rem; font-weight: 650; }
 section { margin-top: 2.75rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1px; margin-top: 2rem;
-  background: var(--rule); border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; }
-.card { background: var(--paper); padding: 1rem 1.15rem 1.05rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1px; margin-top: 2rem;
+  border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; }
+.card { box-shadow: 0 0 0 1px var(--rule); padding: 1rem 1.15rem 1.05rem; }
 .card p { margin: 0; color: var(--muted); font-size: .8125rem; line-height: 1.45; overflow-wrap: anywhere; }
 .card .value { margin: .2rem 0 .25rem; color: var(--ink); font-size: 1.625rem; line-height: 1.25; font-weight: 600;
   letter-spacing: -.015em; }
@@ -60,7 +60,7 @@ th:last-child, td:last-child { padding-right: 0; }
 th { color: var(--muted); font-weight: 500; font-size: .8125rem; white-space: nowrap; vertical-align: bottom; }
 td { white-space: pre-line; }
 .number { text-align: right; white-space: nowrap; }
-td.first { white-space: nowrap; }
+td.name { white-space: pre; }
 td.prose { min-width: 13rem; }
 .number + :not(.number) { padding-left: .9rem; }
 tr.strong td { font-weight: 600; }
@@ -97,6 +97,7 @@ svg .hollow { fill: url(#hatch); opacity: .55; }
   h1 .rest { font-size: .9375rem; }
   section { margin-top: 2.25rem; }
   .cards { grid-template-columns: 1fr 1fr; }
+  .card:last-child:nth-child(odd) { grid-column: 1 / -1; }
   .card { padding: .85rem .9rem .9rem; }
   .card .value { font-size: 1.3125rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
@@ -106,7 +107,7 @@ svg .hollow { fill: url(#hatch); opacity: .55; }
   body { font-size: 10.5pt; }
   main { max-width: none; padding: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  figure, table, .cards, .says, h2 { break-inside: avoid; }
+  figure, tr, .cards, .says, h2 { break-inside: avoid; }
   h2 { break-after: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; }
   .scroll { overflow: visible; background: none; }

@@ -72,13 +72,17 @@ def latency_rows(report: Report) -> list[tuple[str, Measurement]]:
 def latency(report: Report) -> Table:
     """What `latency_rows` measured."""
     rows = latency_rows(report)
-    table = timings("Latency of one call", rows)
+    table = timings("Latency of one call, ms", rows)
     base = text.baseline_name(report)
     against = (f"speed-up is against the {base} baseline, from pairs of runs",) if _has_speedup(rows) else ()
-    limit = report.budget.max_latency_ms
-    held = "within" if limit is None or (report.result.median_ms or 0.0) <= limit else "over"
-    stated = () if limit is None or not table.rows else (f"{held} the budget of {text.ms(limit)}, as stated",)
-    return replace(table, notes=(*table.notes, *against, *stated), strong=len(rows) - 1)
+    return replace(table, notes=(*table.notes, *against, *_latency_budget(report)), strong=len(rows) - 1)
+
+
+def _latency_budget(report: Report) -> tuple[str, ...]:
+    limit, median = report.budget.max_latency_ms, report.result.median_ms
+    if limit is None or median is None:
+        return ()
+    return (f"{'within' if median <= limit else 'over'} the budget of {text.ms(limit)}, as stated",)
 
 
 def timings(title: str, rows: Sequence[tuple[str, Measurement]]) -> Table:
@@ -86,7 +90,7 @@ def timings(title: str, rows: Sequence[tuple[str, Measurement]]) -> Table:
     made = [m for _, m in rows if m.median_ms is not None]
     places = text.column_decimals(m.median_ms for m in made)
     shared, differing = _split_shared(made)
-    titles = ["", "#median ms", "#95 % interval", "#p90", "#p99"]
+    titles = ["", "#median", "#95 % interval", "#p90", "#p99"]
     titles += ["#speed-up", "#95 % interval"] if _has_speedup(rows) else []
     titles += [heading for _, heading, _ in differing]
     cells = []
@@ -150,7 +154,7 @@ def quality(fidelity: Fidelity | None, budget: Budget | None = None) -> Table:
     """The figure that the budget bounds, for the original and for the result."""
     if fidelity is None:
         return Table("Quality", (), (), ("not judged: there were no images to compare on",))
-    title = f"Quality on {text.count(fidelity.images, 'held-out image')}"
+    title = f"Quality on {text.count(fidelity.images, 'image' if budget is None else 'held-out image')}"
     if fidelity.value is None:
         return Table(title, (), (), (f"not judged: {text.why(fidelity)}",))
     titles = columns("", "#original %", "#result %", "#lost, points", "#95 % interval")

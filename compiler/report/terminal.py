@@ -18,31 +18,38 @@ from . import facts, tables, text, tool_tables
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ...backends.ort import OperatorTime
+    from ..doctor import Finding
     from ..inspection import Inspection
     from ..types import DeviceProfile, Fidelity, Measurement, Report
 
 #: How many nodes of each rule are named without --why.
 NAMED = 2
+#: Widths in characters: what counts as a name and is kept whole, the least for a sentence, a label's column.
+NAME, SENTENCE, LABEL = 28, 16, 13
 
 
 def render(report: Report, console: Console) -> None:
     """Print the whole report: what you got, what it is based on, what to do next."""
-    console.print(Text(text.clean(report.headline) or text.headline(report), "bold"), soft_wrap=False)
-    _table(tables.latency(report), console)
-    _table(tables.quality(report.fidelity, report.budget), console)
-    _table(tables.outputs(report.fidelity), console, optional=True)
-    if len(report.attempts) > 1:
-        _table(tables.attempts(report.attempts), console)
-    _table(tables.passes(report.passes), console, optional=True)
-    _table(tables.refusals(report, NAMED), console, optional=True)
+    console.print(Text(text.clean(report.headline) or text.headline(report), "bold"))
+    shown = [
+        tables.latency(report),
+        tables.quality(report.fidelity, report.budget),
+        tables.outputs(report.fidelity),
+        tables.attempts(report.attempts if len(report.attempts) > 1 else ()),
+        tables.passes(report.passes),
+        tables.refusals(report, NAMED),
+    ]
+    for table in shown:
+        if table.rows or table.notes:
+            console.print()
+            _table(table, console)
     console.print()
     _pairs((*facts.layers(report), *facts.of_report(report)), console)
     if report.warnings or report.advice:
         console.print()
-    for line in report.warnings:
-        _pair("warning", line, console, "yellow")
-    for line in report.advice:
-        _pair("advice", line, console, "cyan")
+    _pairs([("warning", line) for line in report.warnings], console, "yellow")
+    _pairs([("advice", line) for line in report.advice], console, "cyan")
 
 
 def render_layers(found: Report | Inspection, console: Console) -> None:
@@ -60,21 +67,25 @@ def render_measurements(found: Sequence[Measurement], console: Console) -> None:
     _table(tool_tables.measurements(found), console)
 
 
-def render_operators(found: Iterable[tool_tables.OperatorTime], console: Console) -> None:
+def render_operators(found: Sequence[OperatorTime], console: Console) -> None:
     """Print where the time of a call goes, operator by operator."""
+    console.print()
     _table(tool_tables.operators(found), console)
 
 
 def render_fidelity(fidelity: Fidelity, console: Console) -> None:
     """Print how well a model does the original's job."""
     _table(tables.quality(fidelity), console)
-    _table(tables.outputs(fidelity), console, optional=True)
+    if fidelity.outputs:
+        console.print()
+        _table(tables.outputs(fidelity), console)
 
 
 def render_inspection(found: Inspection, console: Console) -> None:
     """Print an ONNX file at a glance."""
     console.print(Text(text.clean(found.path), "bold"))
     _pairs(facts.of_inspection(found), console)
+    console.print()
     _table(tables.layers(found.layers), console)
 
 
@@ -90,51 +101,55 @@ def render_devices(profiles: Iterable[DeviceProfile], console: Console) -> None:
 
 def render_device(profile: DeviceProfile, console: Console) -> None:
     """Print a device, each number with its source."""
-    table = tool_tables.device(profile)
-    console.print(Text(table.title, "bold"))
+    console.print(Text(f"{text.clean(profile.title)} ({text.clean(profile.name)})", "bold"))
     _pairs(facts.of_device(profile), console)
-    _body(table, console)
+    console.print()
+    _table(tool_tables.device(profile), console)
 
 
-def render_findings(found: Iterable[tool_tables.Finding], console: Console) -> None:
+def render_findings(found: Iterable[Finding], console: Console) -> None:
     """Print what doctor found, and how to mend what is amiss."""
-    _body(tool_tables.findings(found), console)
+    _table(tool_tables.findings(found), console)
 
 
 # --------------------------------------------------------------------------------------------- setting
 
 
-def _table(table: tables.Table, console: Console, *, optional: bool = False) -> None:
-    """Print a titled table; an empty one is left out where it is `optional`."""
-    if optional and not table.rows:
-        return
-    console.print()
+def _table(table: tables.Table, console: Console) -> None:
+    """Print a table with its title above and its notes beneath, two columns indented."""
     console.print(Text(table.title, "bold"))
-    _body(table, console)
-
-
-def _body(table: tables.Table, console: Console) -> None:
     if table.rows:
-        grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for column in table.columns:
-            justify = "right" if column.number else "left"
-            grid.add_column(Text(column.title), justify=justify, no_wrap=column.number, overflow="fold")  # type: ignore[arg-type]
-        for i, row in enumerate(table.rows):
-            grid.add_row(*(Text(cell, "bold" if i == table.strong else "") for cell in row))
-        console.print(Padding(grid, (0, 0, 0, 2), expand=False))
+        console.print(Padding(_grid(table, console.width - 2), (0, 0, 0, 2), expand=False))
     for note in table.notes:
         console.print(Padding(Text(note, "dim"), (0, 0, 0, 2), expand=False))
 
 
-def _pairs(pairs: Iterable[tuple[str, str]], console: Console) -> None:
-    for label, line in pairs:
-        _pair(label, line, console, "dim")
+def _grid(table: tables.Table, width: int) -> Grid:
+    """Lay out the rows: numbers and names whole, sentences wrapped, the gaps narrower where it is tight."""
+    cells = zip(*([c.title for c in table.columns], *table.rows), strict=True)
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in cells]
+    whole = [c.number or w <= NAME for c, w in zip(table.columns, widths, strict=True)]
+    least = sum(w if keep else SENTENCE for w, keep in zip(widths, whole, strict=True))
+    gap = 2 if least + 2 * (len(widths) - 1) <= width else 1
+    fits = least + gap * (len(widths) - 1) <= width
+    grid = Grid(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
+    for column, keep in zip(table.columns, whole, strict=True):
+        no_wrap = column.number or (keep and fits)
+        grid.add_column(
+            Text(column.title), justify="right" if column.number else "left", no_wrap=no_wrap, overflow="fold"
+        )
+    for i, row in enumerate(table.rows):
+        grid.add_row(*(Text(cell, "bold" if i == table.strong else "") for cell in row))
+    return grid
 
 
-def _pair(label: str, line: str, console: Console, style: str) -> None:
-    """Print a label and its text, wrapped beneath itself."""
+def _pairs(pairs: Iterable[tuple[str, str]], console: Console, style: str = "dim") -> None:
+    """Print labels and their texts, each wrapped beneath itself."""
+    rows = list(pairs)
     grid = Grid(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    grid.add_column(width=max(13, len(label)), no_wrap=True)
+    grid.add_column(width=max([LABEL, *(len(label) for label, _ in rows)]), no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row(Text(label, style), Text(text.clean(line)))
-    console.print(grid)
+    for label, line in rows:
+        grid.add_row(Text(label, style), Text(text.clean(line)))
+    if rows:
+        console.print(grid)

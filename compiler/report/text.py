@@ -88,12 +88,14 @@ def si(count: int | None) -> str:
 
 def percent(value: float | None) -> str:
     """Return a figure in percent with at most two decimals: 98.2 %, 81.35 %."""
-    return MISSING if value is None else f"{_short(value)} %"
+    return MISSING if value is None or not math.isfinite(value) else f"{_short(value)} %"
 
 
 def points(value: float | None) -> str:
     """Return percentage points with at most two decimals: 1.8 points."""
-    return MISSING if value is None else f"{_short(value)} point{'' if value == 1 else 's'}"
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{_short(value)} point{'' if value == 1 else 's'}"
 
 
 def _short(value: float) -> str:
@@ -107,7 +109,9 @@ def ratio(value: float | None) -> str:
 
 def interval(low: float | None, high: float | None, decimals: int) -> str:
     """Return both ends of an interval, or nothing where there is none."""
-    return "" if low is None or high is None else f"{fixed(low, decimals)} - {fixed(high, decimals)}"
+    if low is None or high is None:
+        return ""
+    return f"{fixed(low, decimals)} {'to' if low < 0 else '-'} {fixed(high, decimals)}"
 
 
 def count(number: int, noun: str) -> str:
@@ -185,10 +189,11 @@ def _speed(report: Report) -> str:
     if gain is None:
         return f"{ms(result.median_ms)} a call ({baseline_name(report)} not measured: {why(base)})"
     low, high = result.speedup_low, result.speedup_high
-    ends = () if low is None or high is None else (low, high) if gain > 1 else (1 / high, 1 / low)
-    between = "".join(f", 95 % interval {a:.2f}-{b:.2f}" for a, b in [ends] if ends)
+    if low is not None and high is not None and gain < 1:
+        low, high = 1 / high, 1 / low
+    between = "" if low is None or high is None else f", 95 % interval {low:.2f}-{high:.2f}"
     detail = f"({ms(result.median_ms)} against {ms(base.median_ms)}{between})"
-    return f"{comparison(gain, low, high)} {baseline_name(report)} {detail}"
+    return f"{comparison(gain, result.speedup_low, result.speedup_high)} {baseline_name(report)} {detail}"
 
 
 def comparison(gain: float, low: float | None, high: float | None) -> str:

@@ -4,90 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from . import text
 from .tables import Table, columns, timings
 
 if TYPE_CHECKING:
+    from ...backends.ort import OperatorTime
+    from ..doctor import Finding
     from ..types import DeviceProfile, Fact, Measurement
-
-
-class Finding(Protocol):
-    """What `doctor` found out about one part of the machine."""
-
-    @property
-    def name(self) -> str:
-        """What was looked at."""
-
-    @property
-    def status(self) -> str:
-        """How it is, in a word."""
-
-    @property
-    def detail(self) -> str:
-        """What was found."""
-
-    @property
-    def fix(self) -> str | None:
-        """What to do about it."""
-
-
-class OperatorTime(Protocol):
-    """The time that one kind of operator takes in one call."""
-
-    @property
-    def op(self) -> str:
-        """The operator's type."""
-
-    @property
-    def calls(self) -> int:
-        """How many nodes of it run in one call."""
-
-    @property
-    def ms(self) -> float:
-        """Their time together, in milliseconds for one call."""
 
 
 def measurements(found: Sequence[Measurement]) -> Table:
     """What `bench` measured; the last one is what the others are compared with."""
     last = found[-1].median_ms if found else None
-    table = timings(
-        "Latency of one call",
-        [(m.name, _against(m, last)) for m in found[:-1]] + [(m.name, m) for m in found[-1:]],
-    )
+    compared = [*(_with_speedup(m, last) for m in found[:-1]), *found[-1:]]
+    table = timings("Latency of one call, ms", [(m.name, m) for m in compared])
     against = (f"speed-up is against {text.clean(found[-1].name)}",) if len(found) > 1 and last else ()
     return replace(table, notes=(*table.notes, *against))
 
 
-def operators(found: Iterable[OperatorTime]) -> Table:
-    """Where the time of a call goes, the slowest kind of operator first."""
-    ranked = sorted(found, key=lambda t: -t.ms)
-    total = sum(t.ms for t in ranked)
-    places = text.column_decimals([total])
-    rows = (
-        (
-            text.clean(t.op),
-            str(t.calls),
-            text.fixed(t.ms, places),
-            text.fixed(100 * t.ms / total, 1) if total else "",
-        )
-        for t in ranked
-    )
-    titles = columns("operator", "#nodes", "#ms", "#share %")
-    return Table(
-        "Time of one call by operator",
-        titles,
-        tuple(rows),
-        ("taken with the profiler on, which costs time itself",),
-    )
-
-
-def _against(m: Measurement, last: float | None) -> Measurement:
-    """Fill in the plain ratio of the medians where the target gave no paired one."""
+def _with_speedup(m: Measurement, last: float | None) -> Measurement:
+    """Fill in the plain ratio of the medians where no paired one was taken."""
     if m.speedup is not None or m.median_ms is None or last is None:
         return m
     return replace(m, speedup=last / m.median_ms)
+
+
+def operators(found: Sequence[OperatorTime]) -> Table:
+    """Where the time of a call goes, the slowest kind of operator first."""
+    places = text.column_decimals(t.milliseconds for t in found)
+    rows = (
+        (text.clean(t.op), str(t.nodes), text.fixed(t.milliseconds, min(places, 4)), text.fixed(100 * t.share, 1))
+        for t in found
+    )
+    titles = columns("operator", "#nodes", "#ms", "#share %")
+    profiled = "taken with the profiler on, which costs time itself: compare the shares"
+    return Table("Time of one call by operator", titles, tuple(rows), (profiled,))
 
 
 # ------------------------------------------------------------------------------------------ inspect
@@ -126,14 +79,13 @@ def comparison(summaries: Sequence[Mapping[str, object]]) -> Table:
 
 def devices(profiles: Iterable[DeviceProfile]) -> Table:
     """One row a device that edgec knows."""
-    titles = columns("name", "device", "kind", "#memory GiB", "backends")
+    titles = columns("name", "device", "#memory", "backend")
     rows = (
         (
             text.clean(p.name),
             text.clean(p.title),
-            p.kind,
-            text.MISSING if p.memory_gib is None else f"{p.memory_gib.value:g}",
-            text.clean(", ".join(p.backends)),
+            text.MISSING if p.memory_gib is None else f"{p.memory_gib.value:g} GiB",
+            text.clean(p.backends[0] if p.backends else text.MISSING),
         )
         for p in profiles
     )
@@ -154,7 +106,7 @@ def device(profile: DeviceProfile) -> Table:
     )
     notes = (text.clean(profile.note),) if profile.note else ()
     return Table(
-        f"{text.clean(profile.title)} ({text.clean(profile.name)})",
+        "Numbers and their sources",
         columns("", "#value", "unit", "source"),
         tuple(rows),
         notes,
@@ -169,7 +121,7 @@ def _source(fact: Fact) -> str:
 def findings(found: Iterable[Finding]) -> Table:
     """What `doctor` looked at, with how to mend what is amiss."""
     rows = ((text.clean(f.name), text.clean(f.status), _remedy(f)) for f in found)
-    return Table("", columns("", "status", "found"), tuple(rows))
+    return Table("This machine", columns("", "status", "found"), tuple(rows))
 
 
 def _remedy(finding: Finding) -> str:
