@@ -12,25 +12,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import edgec
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-import edgec
 from edgec.backends.ort import Session
 from edgec.backends.targets.timing import interleave, median_interval
 from edgec.calib import folder, preprocess
 from edgec.compiler import model as model_io
-from edgec.compiler.fidelity import Metric, compare
-from edgec.compiler.types import Fidelity, Preprocess
+from edgec.compiler.fidelity import compare
+from edgec.compiler.metrics import load_metric
+from edgec.compiler.types import Fidelity
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-CIFAR = Preprocess((32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-DETECTOR = Preprocess((352, 352), color="bgr")
 #: ONNX Runtime's settings: (name, per channel, activation type, calibration method).
 SETTINGS = (
     ("U8S8 minmax", True, QuantType.QUInt8, CalibrationMethod.MinMax),
@@ -77,15 +76,55 @@ def peers(float_model: Path, calibration: folder.Folder, work: Path) -> Iterator
         yield name, out
 
 
-def run(model: Path, calib: folder.Folder, held_out: folder.Folder, args: argparse.Namespace, metric: Metric | None) -> None:
+@dataclass(frozen=True)
+class Case:
+    """One model with its images: preprocessing as YAML text, folders, and the judge."""
+
+    model: str
+    preprocess: str
+    calib: str
+    eval: str
+    metric: str | None = None
+    calibrate_on: slice = slice(None)
+    compare_on: slice = slice(None)
+
+
+_IMAGENET = "mean: [0.485, 0.456, 0.406]\nstd: [0.229, 0.224, 0.225]\n"
+_CIFAR = ("size: [32, 32]\nresize: stretch\ncolor: rgb\n" + _IMAGENET, "cifar10/calib", "cifar10/val")
+_DECODER = f"{Path(__file__).parents[1] / 'examples' / 'detectors' / 'fastestdet.py'}:decode"
+CASES = (
+    Case("resnet20_cifar10", *_CIFAR),
+    Case("resnet32_cifar10", *_CIFAR),
+    Case(
+        "fastestdet_coco",
+        "size: [352, 352]\nresize: stretch\ncolor: bgr\n",
+        "photos",
+        "photos",
+        _DECODER,
+        slice(0, 60),
+        slice(60, 100),
+    ),  # fmt: skip
+)
+
+
+def run(case: Case, args: argparse.Namespace) -> None:
     """Quantize with all, compare all on the held-out images and time all interleaved; print one table."""
     with TemporaryDirectory() as temporary:
         work = Path(temporary)
+        model = args.data / "models" / f"{case.model}.onnx"
+        sidecar = work / "preprocess.yaml"
+        sidecar.write_text(case.preprocess, encoding="utf-8")
+        calib_dir = _part(args.data / case.calib, case.calibrate_on, work / "calib")
+        eval_dir = _part(args.data / case.eval, case.compare_on, work / "eval")
+        specs = model_io.input_specs(model_io.load(model))
+        pre = preprocess.resolve(str(sidecar), model, specs[0])
+        calib, held_out = (folder.open_folder(d, pre, specs) for d in (calib_dir, eval_dir))
+        metric_name, metric = case.metric, load_metric(case.metric) if case.metric else None
         float_model = folded(model, work / "folded.onnx")
         paths = {f"onnxruntime {name}": path for name, path in peers(float_model, calib, work)}
         bundle = work / "edgec"
         edgec.compile(
-            model, bundle, calib=calib.root, eval=held_out.root, precision="int8", preprocess=str(_preprocess(calib, work)),
+            model, bundle, calib=calib_dir, eval=eval_dir, precision="int8", preprocess=str(sidecar), metric=metric_name,
             threads=args.threads,
         )  # fmt: skip
         paths["edgec"] = bundle / "model.onnx"
@@ -102,12 +141,22 @@ def run(model: Path, calib: folder.Folder, held_out: folder.Folder, args: argpar
         feed = dict(next(iter(held_out.batches(1))).feed)
         calls = {n: (lambda s=Session(p, threads=args.threads): s.run(feed)) for n, p in runners.items()}
         samples = interleave(calls, seconds=args.seconds, max_rounds=5000)
-    print(f"\n### {model.stem}: {len(calib)} images to calibrate, {len(held_out)} to compare\n")
-    print("| model | SQNR dB | figure | points lost (95 %) | ms | speed-up over folded FP32 (95 %) | size kB |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n### {case.model}: {len(calib)} images to calibrate, {len(held_out)} to compare\n")
+    print("| model | SQNR dB | figure | points lost (95 %) | ms | speed-up over folded FP32 (95 %) |")
+    print("|---|---|---|---|---|---|")
     for name, values in samples.items():
         ratio = median_interval(samples["FP32 folded"] / values)
         print(_row(name, found.get(name), float(np.median(values)), ratio))
+
+
+def _part(source: Path, chosen: slice, out: Path) -> Path:
+    """Return a folder with the chosen files of a flat folder (links), or the folder itself where all are chosen."""
+    if chosen == slice(None):
+        return source
+    out.mkdir()
+    for file in sorted(source.iterdir())[chosen]:
+        (out / file.name).symlink_to(file.resolve())
+    return out
 
 
 def _row(name: str, fidelity: Fidelity | None, milliseconds: float, ratio: tuple[float, float, float]) -> str:
@@ -130,10 +179,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="to time each model, in all")
     parser.add_argument("--only", help="run the models whose name holds this")
     args = parser.parse_args()
-    for model in sorted((args.data / "models").glob("*.onnx")):
-        if args.only and args.only not in model.name:
-            continue
-        run_one(model, args)
+    for case in CASES:
+        if not args.only or args.only in case.model:
+            run(case, args)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ _FEW = 64
 _SHORT = 32
 
 
+#: What picks columns out of a matrix: a slice where they lie side by side, else their indices.
+Columns = slice | np.ndarray
+
+
 @dataclass(frozen=True)
 class Observed:
     """One tensor: the columns of its minima and maxima among the extremes, and those of its samples behind them.
@@ -53,9 +57,9 @@ class Observed:
     """
 
     name: str
-    lows: np.ndarray
-    highs: np.ndarray
-    samples: np.ndarray
+    lows: Columns
+    highs: Columns
+    samples: Columns
     bounded: bool
 
 
@@ -116,12 +120,14 @@ def augment(
 
 def _infer(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give the inputs these shapes and infer all others from them; what cannot be inferred has none."""
-    for node in model.graph:
-        for value in node.outputs:
-            value.shape = None
-    for value in model.graph.inputs:
-        if (shape := shapes.get(value.name or "")) is not None:
-            value.shape = ir.Shape(shape)
+    inputs = [(value, shapes[value.name or ""]) for value in model.graph.inputs if value.name in shapes]
+    outputs = [value for node in model.graph for value in node.outputs]
+    if all(static_shape(value) == shape for value, shape in inputs) and all(map(static_shape, outputs)):
+        return
+    for value in outputs:
+        value.shape = None
+    for value, shape in inputs:
+        value.shape = ir.Shape(shape)
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
 
 
@@ -315,8 +321,10 @@ def _starts(parts: Sequence[_Part]) -> dict[_Part, int]:
     return dict(zip(parts, itertools.accumulate((part.columns for part in parts), initial=0), strict=False))
 
 
-def _columns(stretches: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return column indices: of each stretch (start, length, wanted) so many as wanted, spread evenly."""
+def _columns(stretches: Sequence[tuple[int, int, int]]) -> Columns:
+    """Return the columns: of each stretch (start, length, wanted) so many as wanted, spread evenly."""
+    if len(stretches) == 1 and stretches[0][1] == stretches[0][2]:
+        return slice(stretches[0][0], stretches[0][0] + stretches[0][1])
     spread = [start + np.arange(wanted) * length // wanted for start, length, wanted in stretches]
     return np.concatenate(spread) if spread else np.zeros(0, np.intp)
 

@@ -30,7 +30,7 @@ from .histogram import Histogram
 
 #: Elements sampled of each tensor and image: at least the first; where there are few images so many that the second
 #: is reached over all of them, but no more than the third.
-SAMPLES, SAMPLES_IN_ALL, MOST_SAMPLES = 1 << 8, 1 << 17, 1 << 14
+SAMPLES, SAMPLES_IN_ALL, MOST_SAMPLES = 1 << 8, 1 << 16, 1 << 14
 #: Samples are kept until there are so many bytes of them, and are then counted all at once.
 _BUFFER_BYTES = 1 << 23
 #: So many bytes of images are run together, at most so many images.
@@ -70,7 +70,8 @@ def collect(
                     sweep.close()
                 shapes = _shapes(step)
                 augmented = augment(model, tuple(gathered), shapes, step.rows, samples)
-                sweep = _Sweep(model, augmented, Path(temporary), threads or os.cpu_count() or 1, gathered, samples, rng)
+                cores = threads or os.cpu_count() or 1
+                sweep = _Sweep(model, augmented, Path(temporary), cores, gathered, samples, rng)
             sweep.submit(step)
             done += step.count
             progress("calibrating", done, len(folder))

@@ -9,11 +9,12 @@ from ..backends import base as backends
 from ..calib import cache, folder
 from ..calib import preprocess as preprocessing
 from ..calib import ranges as calib_ranges
+from ..passes.placement import observed_tensors
 from . import devices, pipeline
 from . import model as model_io
 from .errors import DeviceError
 from .proof import Prover
-from .quantizer import DEFAULT_METHOD, choose_ranges, observed
+from .quantizer import DEFAULT_METHOD, choose_ranges
 from .types import Progress, Range
 
 
@@ -43,7 +44,7 @@ def calibrate(
     chosen = DEFAULT_METHOD if method == "auto" else method
     found = cache.collect_cached(
         model,
-        observed(model, backend.supports),
+        observed_tensors(model, backend.supports),
         data,
         histogram=chosen != "minmax",
         seed=seed,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,13 +19,15 @@ from .._version import __version__
 from ..backends.ort import Session
 from ..calib import cache
 from ..calib import ranges as calib_ranges
+from ..passes.placement import observed_tensors
 from . import bundle, devices, fidelity, files, guard, job, layers, pipeline, wording
 from . import model as model_io
 from .errors import BudgetError
 from .job import Job
 from .options import Options
 from .proof import Prover
-from .quantizer import DEFAULT_METHOD, Quantized, Quantizer, choose_ranges, collapsed, observed, widened
+from .quantizer import AUTO_METHODS, Quantized, Quantizer, choose_ranges, closest
+from .report import text
 from .types import (
     Attempt,
     CalibrationSummary,
@@ -33,8 +35,6 @@ from .types import (
     Measurement,
     PassRecord,
     Progress,
-    QuantScheme,
-    Range,
     Refusal,
     Report,
     silent,
@@ -87,7 +87,7 @@ def _compile(
     candidates = [baseline, *found.candidates]
     measured, judged = _measure(this, candidates), _judge(this, candidates)
     if found.quantizer is not None and _should_widen(this, candidates, measured, judged):
-        more = _widen(found, work)
+        more = _widen(found.quantizer, work)
         measured = {**_measure(this, [baseline, *more]), **measured}
         judged |= _judge(this, more)
         candidates += more
@@ -103,7 +103,7 @@ def _compile(
         backend=this.backend.name,
         target="local" if this.target else "none",
         precision=chosen.precision,
-        headline=wording.headline(this.profile, attempt, measured["original"]),
+        headline="",
         original=measured["original"],
         baseline=measured["fp32"],
         result=attempt.measurement,
@@ -113,7 +113,7 @@ def _compile(
         size_after_bytes=attempt.size_bytes,
         passes=tuple(records),
         attempts=attempts,
-        layers=layers.describe(chosen.model, found.errors, refusals),
+        layers=layers.describe(chosen.model, found.quantizer.errors if found.quantizer else {}, refusals),
         refusals=refusals,
         calibration=found.calibration,
         preprocess=this.preprocess,
@@ -124,6 +124,7 @@ def _compile(
         seconds=time.perf_counter() - start,
         seed=options.seed,
     )
+    report = replace(report, headline=text.headline(report))
     _write(this, chosen, baseline, report, staged)
     return report, _broken(attempt, options)
 
@@ -137,7 +138,6 @@ class _Found:
 
     calibration: CalibrationSummary | None = None
     quantizer: Quantizer | None = None
-    errors: Mapping[str, float] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
 
 
@@ -145,44 +145,46 @@ def _quantize(this: Job, model: ir.Model, work: Path) -> _Found:
     scheme = this.backend.schemes(this.profile)["int8"]
     if not job.wants_integers(this) or isinstance(scheme, str):
         return _Found()
-    ranges, calibration = _ranges(this, model, scheme)
-    quantizer = Quantizer(model, this.backend.supports, scheme, ranges)
-    quantized = quantizer.build({})
-    errors: dict[str, float] = {}
-    if this.images is not None and quantized.record.modified:
-        errors = quantizer.errors(quantized, this.images, this.threads, this.progress)
-        bad = collapsed(errors)
-        quantized = quantizer.build(bad) if bad else quantized
-    return _Found(calibration, quantizer, errors, (_candidate("int8", quantized, work),))
-
-
-def _ranges(this: Job, model: ir.Model, scheme: QuantScheme) -> tuple[Mapping[str, Range], CalibrationSummary | None]:
+    empty = Quantizer(model, this.backend.supports, scheme, {})
     if this.options.ranges is not None:
-        return calib_ranges.from_json(this.options.ranges), None
+        calibration, quantizer = None, replace(empty, ranges=calib_ranges.from_json(this.options.ranges))
+    else:
+        calibration, quantizer = _calibrate(this, empty)
+    return _Found(calibration, quantizer, (_candidate("int8", quantizer.build(), work),))
+
+
+def _calibrate(this: Job, empty: Quantizer) -> tuple[CalibrationSummary, Quantizer]:
+    """Sweep the images once, try the methods, and keep the one whose outputs are closest to the float model's."""
     assert this.images is not None
-    method = DEFAULT_METHOD if this.options.method == "auto" else this.options.method
+    methods = AUTO_METHODS if this.options.method == "auto" else (this.options.method,)
     start = time.perf_counter()
     found = cache.collect_cached(
-        model,
-        observed(model, this.backend.supports),
+        empty.model,
+        observed_tensors(empty.model, empty.supports),
         this.images,
-        histogram=method != "minmax",
+        histogram=methods != ("minmax",),
         seed=this.options.seed,
         threads=this.threads,
         progress=this.progress,
     )
     seconds = time.perf_counter() - start
+    tried = []
+    for method in methods:
+        ranges = choose_ranges(found.statistics, method, empty.scheme)
+        quantizer = replace(empty, ranges=ranges, method=method)
+        tried.append(quantizer.corrected(this.images, this.threads, this.progress))
+    best = closest(tried, this.images, this.threads, this.progress)
     summary = CalibrationSummary(
         folder=str(this.options.calib),
         images=len(this.images),
         held_out=0 if this.options.eval or this.judged is None else len(this.judged),
-        method=method,
+        method=best.method,
         skipped=tuple(this.images.skipped),
         images_per_second=None if found.cached else len(this.images) / seconds,
         cached=found.cached,
         key=found.key,
     )
-    return choose_ranges(found.statistics, method, scheme), summary
+    return summary, best
 
 
 def _should_widen(
@@ -202,11 +204,8 @@ def _should_widen(
     )
 
 
-def _widen(found: _Found, work: Path) -> list[Candidate]:
-    assert found.quantizer is not None
-    first = found.candidates[0].quantized
-    steps = widened(found.errors, first.keep_float if first else {})
-    return [_candidate(f"int8, {len(keep)} in float", found.quantizer.build(keep), work) for keep in steps]
+def _widen(quantizer: Quantizer, work: Path) -> list[Candidate]:
+    return [_candidate(f"int8, {len(keep)} in float", quantizer.build(keep), work) for keep in quantizer.widened()]
 
 
 def _candidate(name: str, quantized: Quantized, work: Path) -> Candidate:

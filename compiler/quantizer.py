@@ -1,33 +1,44 @@
-"""From calibration images to quantized candidates: ranges, layer errors, what stays in float, how to step back.
+"""From calibration statistics to quantized candidates: ranges, bias correction, what stays in float, how to step back.
 
-A layer is left in float where quantizing it destroys it: its own SQNR (sensitivity.py) is below FLOOR_DB. That is a
-floor against collapse, not a tuning knob: 8 bits give 30 to 45 dB on a well-behaved layer. Stepping back from a broken
-budget widens the layers with the lowest own SQNR first, doubling their number until the budget holds.
+1. Each method of choosing ranges gives a candidate. Its layers' own errors (sensitivity.py) say by how much each output
+   is shifted, which the biases then correct, and which layers collapse.
+2. Left to `auto`, the method is the one whose outputs are closest to the float model's on calibration images.
+3. A layer is left in float where quantizing it destroys it: its own SQNR is below FLOOR_DB. That is a floor against
+   collapse, not a tuning knob: 8 bits give 30 to 45 dB on a well-behaved layer.
+4. Stepping back from a broken budget widens the layers with the lowest own SQNR first, doubling their number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ..backends.ort import Session
 from ..calib import ranges as calib_ranges
-from ..passes.placement import observed_tensors
 from ..passes.quantize import Quantize
+from . import fidelity, pipeline
 from . import model as model_io
-from . import pipeline
-from .sensitivity import IMAGES, layer_errors
+from .sensitivity import LayerError, layer_errors
 from .types import OpSupport, PassRecord, Progress, QuantScheme, Range, TensorStatistics
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from ..calib.folder import Folder
 
-#: The method behind `auto`: the best on our benchmark (docs/benchmarks.md).
-DEFAULT_METHOD = "mse"
+#: What `auto` chooses among (docs/benchmarks.md has what each gains).
+AUTO_METHODS = ("minmax", "percentile", "mse")
+#: The method where no images are at hand to choose by.
+DEFAULT_METHOD = "minmax"
 #: An own SQNR below this means that the layer's output is mostly noise.
 FLOOR_DB = 12.0
+#: Images over which layers' errors are averaged and methods compared: the figures do not change with more.
+IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -41,30 +52,48 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Makes quantized candidates of one float model for one backend's tables."""
+    """Makes quantized candidates of one float model for one backend's tables and one choice of ranges."""
 
     model: ir.Model
     supports: tuple[OpSupport, ...]
     scheme: QuantScheme
     ranges: Mapping[str, Range]
+    method: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    bias_shift: Mapping[str, np.ndarray] = field(default_factory=dict)
+    collapsed: Mapping[str, str] = field(default_factory=dict)
 
-    def build(self, keep_float: Mapping[str, str]) -> Quantized:
-        """Quantize a copy of the model, all but the nodes in `keep_float` (name -> reason)."""
-        step = Quantize(self.ranges, self.supports, self.scheme, keep_float)
+    def build(self, keep_float: Mapping[str, str] | None = None) -> Quantized:
+        """Quantize a copy of the model, all but the collapsed nodes and those in `keep_float` (name -> reason)."""
+        keep = {**self.collapsed, **(keep_float or {})}
+        step = Quantize(self.ranges, self.supports, self.scheme, keep, self.bias_shift)
         result, (record,) = pipeline.run(model_io.copy(self.model), [step], None)
-        return Quantized(result, record, dict(keep_float))
+        return Quantized(result, record, keep)
 
-    def errors(self, quantized: Quantized, images: Folder, threads: int, progress: Progress) -> dict[str, float]:
-        """Return each quantized layer's own SQNR in dB on a few calibration images."""
-        few = images.subset(range(min(IMAGES, len(images))))
-        return layer_errors(
-            self.model, quantized.model, few.batches(8), images=len(few), threads=threads, progress=progress
+    def corrected(self, images: Folder, threads: int, progress: Progress) -> Quantizer:
+        """Return a quantizer that knows its layers' own errors on the images and corrects its biases by them."""
+        few = _few(images)
+        first = self.build()
+        if not first.record.modified:
+            return self
+        found = layer_errors(
+            self.model, first.model, few.batches(8), images=len(few), threads=threads, progress=progress
+        )
+        return replace(
+            self,
+            errors={name: e.sqnr_db for name, e in found.items()},
+            bias_shift={name: e.shift for name, e in found.items() if e.shift is not None},
+            collapsed=_collapsed(found),
         )
 
-
-def observed(model: ir.Model, supports: tuple[OpSupport, ...]) -> tuple[str, ...]:
-    """Return the tensors whose statistics are needed to quantize `model` with these tables."""
-    return observed_tensors(model, supports)
+    def widened(self) -> list[dict[str, str]]:
+        """Return ever larger sets of layers to keep in float: the 1, 2, 4, … with the lowest own SQNR."""
+        ranked = sorted((db, name) for name, db in self.errors.items() if name not in self.collapsed)
+        counts = [2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)]
+        return [
+            {name: f"kept in float to hold the budget (own SQNR {db:.1f} dB)" for db, name in ranked[:count]}
+            for count in counts
+        ]
 
 
 def choose_ranges(statistics: Mapping[str, TensorStatistics], method: str, scheme: QuantScheme) -> dict[str, Range]:
@@ -72,19 +101,39 @@ def choose_ranges(statistics: Mapping[str, TensorStatistics], method: str, schem
     return {name: calib_ranges.choose(stats, method, symmetric=scheme.symmetric) for name, stats in statistics.items()}
 
 
-def collapsed(errors: Mapping[str, float]) -> dict[str, str]:
-    """Return the layers whose own error is beyond the floor, with the reason."""
+def closest(quantizers: list[Quantizer], images: Folder, threads: int, progress: Progress) -> Quantizer:
+    """Return the quantizer whose outputs are closest to the float model's on a few images (worst output's SQNR)."""
+    if len(quantizers) == 1:
+        return quantizers[0]
+    few = _few(images)
+    with TemporaryDirectory() as folder:
+
+        def session(model: ir.Model, name: str) -> Session:
+            place = Path(folder) / name
+            place.mkdir()
+            return Session(model_io.session_source(model, place), threads=threads)
+
+        found = fidelity.compare(
+            session(quantizers[0].model, "float"),
+            {q.method: session(q.build().model, q.method) for q in quantizers},
+            few.batches(8),
+            images=len(few),
+            progress=progress,
+        )
+    return max(quantizers, key=lambda q: _worst_db(found[q.method]))
+
+
+def _worst_db(found: fidelity.Fidelity) -> float:
+    return min((math.inf if o.sqnr_db is None else o.sqnr_db for o in found.outputs), default=0.0)
+
+
+def _collapsed(errors: Mapping[str, LayerError]) -> dict[str, str]:
     return {
-        name: f"its own SQNR would be {db:.1f} dB, below {FLOOR_DB:g}" for name, db in errors.items() if db < FLOOR_DB
+        name: f"its own SQNR would be {e.sqnr_db:.1f} dB, below {FLOOR_DB:g}"
+        for name, e in errors.items()
+        if e.sqnr_db < FLOOR_DB
     }
 
 
-def widened(errors: Mapping[str, float], already: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return ever larger sets of layers to keep in float: the 1, 2, 4, … with the lowest own SQNR."""
-    ranked = sorted((db, name) for name, db in errors.items() if name not in already)
-    steps, count = [], 1
-    while count < len(ranked):
-        worst = {name: f"kept in float to hold the budget (own SQNR {db:.1f} dB)" for db, name in ranked[:count]}
-        steps.append({**already, **worst})
-        count *= 2
-    return steps
+def _few(images: Folder) -> Folder:
+    return images.subset(range(0, len(images), max(1, len(images) // IMAGES))[:IMAGES])

@@ -1,4 +1,4 @@
-"""How much each quantized layer errs by itself.
+"""How much each quantized layer errs by itself, and by how much its output is shifted.
 
 Teacher forcing: in one graph the float model runs beside its quantized copy, and every QuantizeLinear of the copy
 reads the *float* model's tensor of that name. Each layer then works on exact inputs that it rounds itself, so the
@@ -6,12 +6,17 @@ error at its output is its own, that of its rounded inputs and weights, and noth
 
     SQNR_l = 10 log10( sum y_l^2 / sum (y_l - y'_l)^2 )
 
-Both sums are reduced inside the graph; two numbers a layer and image batch come back, whatever the tensors' size.
+    shift_l[c] = mean over images and positions of (y_l - y'_l) in channel c
+
+Adding the shift to the layer's bias makes its output right on average: empirical bias correction (Nagel et al. 2019,
+"Data-Free Quantization through Weight Equalization and Bias Correction", section 4.2, with measured inputs). Sums and
+means are reduced inside the graph; a few numbers a layer and image batch come back, whatever the tensors' size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -27,8 +32,13 @@ from .types import Progress, silent
 if TYPE_CHECKING:
     from .fidelity import Batch
 
-#: Images that the layers' errors are averaged over; the ranking does not change with more.
-IMAGES = 64
+
+@dataclass(frozen=True, eq=False)
+class LayerError:
+    """One layer's own error: `sqnr_db`, and the `shift` of its output per channel, None where it has no channels."""
+
+    sqnr_db: float
+    shift: np.ndarray | None
 
 
 def layer_errors(
@@ -39,8 +49,8 @@ def layer_errors(
     images: int,
     threads: int = 0,
     progress: Progress = silent,
-) -> dict[str, float]:
-    """Return the SQNR in dB of every node that both models have and that reads a dequantized tensor, by node name.
+) -> dict[str, LayerError]:
+    """Return the own error of every node that both models have and that reads a dequantized tensor, by node name.
 
     `original` is the float model that `quantized` was made from; neither is changed.
     """
@@ -48,17 +58,26 @@ def layer_errors(
     if not layers:
         return {}
     sums = np.zeros((len(layers), 2), dtype=np.float64)
+    shifts: dict[str, np.ndarray] = {}
     done = 0
     with TemporaryDirectory() as folder:
         session = Session(model_io.session_source(twin, Path(folder)), threads=threads)
         for batch in batches:
             out = session.run(batch.feed)
             sums += np.array([[out[f"{name}::signal"], out[f"{name}::error"]] for name in layers], dtype=np.float64)
+            for name, y in out.items():
+                if name.endswith("::shift"):
+                    mean = y[: batch.count].reshape(batch.count, -1).astype(np.float64).sum(0)
+                    shifts[name] = shifts.get(name, 0.0) + mean
             done += batch.count
             progress("judging the layers", done, images)
     signal, error = sums.T
     decibels = 10 * np.log10(np.maximum(signal, 1e-300) / np.maximum(error, 1e-300))
-    return {name: float(db) for name, db in zip(layers, decibels, strict=True)}
+    found = {}
+    for name, db in zip(layers, decibels, strict=True):
+        shift = shifts.get(f"{name}::shift")
+        found[name] = LayerError(float(db), None if shift is None else shift / max(done, 1))
+    return found
 
 
 def _twin(original: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[str]]:
@@ -92,7 +111,7 @@ def _twin(original: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[str]]
             layers.append((node.name or "", same.outputs[0], outputs[0]))
     graph.outputs.clear()
     for name, exact_out, twin_out in layers:
-        _append_sums(graph, name, exact_out, twin_out)
+        _append_sums(graph, name, exact_out, twin_out, nodes[name].op_type)
     graph.sort()
     RemoveUnusedNodesPass()(twin)
     return twin, [name for name, _, _ in layers]
@@ -117,8 +136,8 @@ def _reads_dequantized(node: ir.Node) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear" and node.op_type != "QuantizeLinear"
 
 
-def _append_sums(graph: ir.Graph, name: str, exact: ir.Value, twin: ir.Value) -> None:
-    """Append the sums of squares of the tensor and of its error, as scalar graph outputs."""
+def _append_sums(graph: ir.Graph, name: str, exact: ir.Value, twin: ir.Value, op: str) -> None:
+    """Append the sums of squares of a tensor and of its error, and the error's mean per image and channel."""
 
     def add(op: str, inputs: list[ir.Value], out: str, **attributes: int) -> ir.Value:
         value = ir.Value(name=out, type=ir.TensorType(ir.DataType.FLOAT))
@@ -130,3 +149,7 @@ def _append_sums(graph: ir.Graph, name: str, exact: ir.Value, twin: ir.Value) ->
         total = add("ReduceSumSquare", [value], f"{name}::{out}", keepdims=0)
         total.shape = ir.Shape([])
         graph.outputs.append(total)
+    if op in ("Conv", "ConvTranspose"):
+        graph.outputs.append(add("GlobalAveragePool", [difference], f"{name}::shift"))
+    elif op == "Gemm":
+        graph.outputs.append(add("Identity", [difference], f"{name}::shift"))

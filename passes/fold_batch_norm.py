@@ -26,7 +26,6 @@ time, or of 16 bits. So are training mode, statistics as outputs, and numbers th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -36,12 +35,9 @@ import onnx_ir as ir
 
 from ..compiler.types import Refusal
 from .base import Pass, PassResult, Stage
-from .constants import Names, add_initializer, constant, graphs, remove_unused, supplant, why_fixed
+from .constants import Names, add_initializer, constant, graphs, remove_unused, supplant
+from .weights import ALONG_OUTPUTS, WIDE, Stays, along_axis, along_inputs, changeable, float64, scale, set_constant
 
-#: Types that hold the folded numbers well enough.
-_WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
-#: Weights above this are folded when they are read: memory holds one of them at a time.
-_LAZY_BYTES = 1 << 24
 #: What t may lose to cancellation between mean s and beta, relative to the size of the output.
 _CANCELLATION = 2.5e-5
 
@@ -68,11 +64,7 @@ class _Affine(NamedTuple):
     t: np.ndarray
 
 
-class _Stays(Exception):
-    """A rule fits, but what it would change may not be changed: the reason."""
-
-
-#: A rule returns False where it does not fit, and raises _Stays before it has changed anything.
+#: A rule returns False where it does not fit, and raises Stays before it has changed anything.
 _Rule = Callable[["_Work", ir.Node, _Affine], bool]
 
 
@@ -92,13 +84,20 @@ class _Work:
             try:
                 if rule(self, node, affine):
                     return True
-            except _Stays as why_not:
+            except Stays as why_not:
                 return self._refuse(node, name, str(why_not))
         return self._refuse(node, "batch-norm", "the number of dimensions of its input is unknown")
 
     def only_reader(self, node: ir.Node, value: ir.Value) -> bool:
         """Whether `node` alone reads `value`, once."""
         return [user for user, _ in value.uses()] == [node] and not value.is_graph_output()
+
+    def read_elsewhere(self, node: ir.Node, value: ir.Value) -> bool:
+        """Whether `value`, which a linear operator makes for `node`, has other readers; recorded if so."""
+        if self.only_reader(node, value):
+            return False
+        self.note(node, "fold-behind", f"{value.name} is read elsewhere too, so its weights must stay")
+        return True
 
     def note(self, node: ir.Node, rule: str, why: str) -> None:
         """Record a refusal."""
@@ -120,7 +119,7 @@ class _Work:
         """Give a node with a bias of its own (input 2) another one, or its first."""
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
-            _set(bias, array, dtype)
+            set_constant(bias, array, dtype)
             return
         weight = node.inputs[1]
         node.resize_inputs(3)
@@ -154,7 +153,7 @@ def _why_not_affine(node: ir.Node, graph: ir.Graph, opset: int) -> str | None:
     tensors = [constant(value) for value in node.inputs[1:]]
     if any(tensor is None for tensor in tensors):
         return "its scale, bias, mean or variance is not constant"
-    if any(tensor.dtype not in _WIDE for tensor in tensors if tensor is not None):
+    if any(tensor.dtype not in WIDE for tensor in tensors if tensor is not None):
         return "its parameters are of 16 bits, too few for the product"
     if len({tensor.shape.numpy() for tensor in tensors if tensor is not None}) != 1:
         return "its parameters are of different lengths"
@@ -192,15 +191,15 @@ def _behind(work: _Work, node: ir.Node, affine: _Affine) -> bool:
     """Rule 1 for the operators with a bias of their own."""
     y = node.inputs[0]
     linear = _producer(y, work.graph)
-    along_outputs = _ALONG_OUTPUTS.get(linear.op_type) if linear is not None else None
-    if y is None or linear is None or along_outputs is None or not work.only_reader(node, y):
+    along_outputs = ALONG_OUTPUTS.get(linear.op_type) if linear is not None else None
+    if y is None or linear is None or along_outputs is None or work.read_elsewhere(node, y):
         return False
-    weight = _changeable(linear.inputs[1])
+    weight = changeable(linear.inputs[1])
     bias = linear.inputs[2] if len(linear.inputs) > 2 else None
-    old = _float64(_changeable(bias)) * linear.attributes.get_float("beta", 1.0) if bias is not None else 0.0
+    old = float64(changeable(bias)) * linear.attributes.get_float("beta", 1.0) if bias is not None else 0.0
     s = along_outputs(linear, weight, affine.s)
     linear.attributes.pop("beta", None)
-    _scale(linear.inputs[1], s)
+    scale(linear.inputs[1], s)
     work.set_bias(linear, old * affine.s + affine.t, weight.dtype)
     _take_over(work, node, y)
     return True
@@ -217,17 +216,17 @@ def _behind_matmul(work: _Work, node: ir.Node, affine: _Affine) -> bool:
     weight_value = matmul.inputs[1] if matmul is not None else None
     if product is None or weight_value is None or constant(weight_value) is None:
         return False
-    if not work.only_reader(node, y) or not (product is y or work.only_reader(add, product)):
+    if work.read_elsewhere(node, y) or not (product is y or work.only_reader(add, product)):
         return False
-    weight = _changeable(weight_value)
-    old = _float64(_changeable(bias)) if bias is not None else None
-    s = _along_axis(weight, 1, affine.s)
-    _scale(weight_value, s)
+    weight = changeable(weight_value)
+    old = float64(changeable(bias)) if bias is not None else None
+    s = along_axis(weight, 1, affine.s)
+    scale(weight_value, s)
     if bias is None or old is None:
         t = work.constant(f"{weight_value.name}_bias", affine.t, weight.dtype)
         work.replace(node, [ir.node("Add", [y, t], name=work.names.fresh(f"{work.label(node)}_add"))])
     else:
-        _set(bias, old * affine.s + affine.t, weight.dtype)
+        set_constant(bias, old * affine.s + affine.t, weight.dtype)
         _take_over(work, node, y)
     return True
 
@@ -246,12 +245,12 @@ def _before_conv(work: _Work, node: ir.Node, affine: _Affine) -> bool:
     if padded:
         work.note(node, "fold-before", f"{conv.name} pads its input with zeros, which are no zeros before the norm")
         return False
-    weight = _changeable(conv.inputs[1])
+    weight = changeable(conv.inputs[1])
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    old = _float64(_changeable(bias)) if bias is not None else 0.0
-    s, t = (_along_inputs(conv, weight, numbers) for numbers in affine)
-    shift = (_float64(weight) * t).sum(axis=tuple(range(1, len(weight.shape))))
-    _scale(conv.inputs[1], s)
+    old = float64(changeable(bias)) if bias is not None else 0.0
+    s, t = (along_inputs(conv, weight, numbers) for numbers in affine)
+    shift = (float64(weight) * t).sum(axis=tuple(range(1, len(weight.shape))))
+    scale(conv.inputs[1], s)
     work.set_bias(conv, old + shift, weight.dtype)
     conv.replace_input_with(0, x)
     work.remove(node)
@@ -265,8 +264,8 @@ def _alone(work: _Work, node: ir.Node, affine: _Affine) -> bool:
     dtype = (x.dtype if x is not None else None) or y.dtype or ir.DataType.FLOAT
     if shape is None or len(shape) < 2:
         return False
-    if dtype not in _WIDE:
-        raise _Stays(f"it computes in {dtype}, which has too few bits for Mul and Add")
+    if dtype not in WIDE:
+        raise Stays(f"it computes in {dtype}, which has too few bits for Mul and Add")
     label = work.label(node)
     column = (-1, *(1 for _ in range(len(shape) - 2)))
     s, t = (
@@ -286,90 +285,6 @@ _RULES: dict[str, _Rule] = {
     "fold-behind-matmul": _behind_matmul,
     "fold-before": _before_conv,
     "mul-add": _alone,
-}
-
-
-# ------------------------------------------------------------------------------------------- weights
-
-
-def _changeable(value: ir.Value | None) -> ir.TensorProtocol:
-    """Return the tensor of a weight or bias that may be rewritten; raise _Stays with the reason if it may not."""
-    if value is None or value.const_value is None:
-        raise _Stays(f"{value.name if value is not None else 'a weight'} is computed at run time")
-    why = why_fixed(value)
-    if why is not None:
-        raise _Stays(why)
-    if value.const_value.dtype not in _WIDE:
-        raise _Stays(f"{value.name} is {value.const_value.dtype}, which has too few bits for the product")
-    return value.const_value
-
-
-def _float64(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Read a tensor; an external one through plain file calls, since mapped pages count as memory in use."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        return tensor.numpy().astype(np.float64)
-    shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy().newbyteorder("<")
-    return np.fromfile(tensor.path, dtype, math.prod(shape), offset=tensor.offset or 0).reshape(shape).astype("f8")
-
-
-def _scale(value: ir.Value | None, factor: np.ndarray) -> None:
-    """Multiply a weight by `factor`, which broadcasts to it; a large one only when it is read."""
-    assert value is not None and value.const_value is not None
-    tensor = value.const_value
-
-    def product() -> ir.TensorProtocol:
-        return ir.Tensor((_float64(tensor) * factor).astype(tensor.dtype.numpy()), name=value.name)
-
-    lazy = tensor.nbytes > _LAZY_BYTES
-    shape = ir.Shape(tensor.shape.numpy())
-    value.const_value = ir.LazyTensor(product, tensor.dtype, shape, name=value.name) if lazy else product()
-
-
-def _set(value: ir.Value, array: np.ndarray, dtype: ir.DataType) -> None:
-    """Give a bias another value."""
-    value.const_value = ir.Tensor(array.astype(dtype.numpy()), name=value.name)
-    value.shape = ir.Shape(array.shape)
-
-
-def _along_axis(weight: ir.TensorProtocol, axis: int, s: np.ndarray) -> np.ndarray:
-    shape = weight.shape.numpy()
-    if axis >= len(shape) or shape[axis] != len(s):
-        raise _Stays(f"{len(s)} channels do not fit a weight of shape {list(shape)}")
-    return s.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-
-
-def _along_conv_outputs(node: ir.Node, weight: ir.TensorProtocol, s: np.ndarray) -> np.ndarray:
-    del node
-    return _along_axis(weight, 0, s)
-
-
-def _along_gemm_outputs(node: ir.Node, weight: ir.TensorProtocol, s: np.ndarray) -> np.ndarray:
-    return _along_axis(weight, 0 if node.attributes.get_int("transB", 0) else 1, s)
-
-
-def _along_transposed_outputs(node: ir.Node, weight: ir.TensorProtocol, s: np.ndarray) -> np.ndarray:
-    """(in, out/group, 1…): every input channel of a group meets the outputs of that group."""
-    groups, (inputs, outputs, *kernel) = node.attributes.get_int("group", 1), weight.shape.numpy()
-    if groups * outputs != len(s) or inputs % groups:
-        raise _Stays(f"{len(s)} channels in {groups} groups do not fit a weight of shape {list(weight.shape)}")
-    rows = np.repeat(s.reshape(groups, outputs), inputs // groups, axis=0)
-    return rows.reshape(inputs, outputs, *(1 for _ in kernel))
-
-
-def _along_inputs(node: ir.Node, weight: ir.TensorProtocol, s: np.ndarray) -> np.ndarray:
-    """(out, in/group, 1…): output o of group g reads the input channels of group g."""
-    groups, (outputs, inputs, *kernel) = node.attributes.get_int("group", 1), weight.shape.numpy()
-    if groups * inputs != len(s) or outputs % groups:
-        raise _Stays(f"{len(s)} channels in {groups} groups do not fit a weight of shape {list(weight.shape)}")
-    rows = np.repeat(s.reshape(groups, inputs), outputs // groups, axis=0)
-    return rows.reshape(outputs, inputs, *(1 for _ in kernel))
-
-
-#: Operator -> a vector over its output channels in the shape that broadcasts to its weight.
-_ALONG_OUTPUTS: dict[str, Callable[[ir.Node, ir.TensorProtocol, np.ndarray], np.ndarray]] = {
-    "Conv": _along_conv_outputs,
-    "ConvTranspose": _along_transposed_outputs,
-    "Gemm": _along_gemm_outputs,
 }
 
 

@@ -33,7 +33,8 @@ class Quantize(Pass):
     """Write Q/DQ for one backend's integer kernels.
 
     `ranges` maps tensor names to the interval each shall represent; `supports` and `scheme` are the backend's
-    tables; `keep_float` maps node names to the reason why they are left in float.
+    tables; `keep_float` maps node names to the reason why they are left in float; `bias_shift` maps node names to
+    what is added to their bias, one number per output channel (bias correction, see compiler/sensitivity.py).
     """
 
     name: ClassVar[str] = "quantize"
@@ -44,12 +45,13 @@ class Quantize(Pass):
     supports: tuple[OpSupport, ...] = ()
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme("uint8-int8", "uint8", symmetric=False))
     keep_float: Mapping[str, str] = field(default_factory=dict)
+    bias_shift: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def call(self, model: ir.Model) -> PassResult:
         """Quantize `model` in place."""
         placement = place(model, self.ranges, self.supports, self.scheme, self.keep_float)
         if placement.nodes:
-            _Writer(model, placement, self.scheme, {row.op: row for row in self.supports}).write()
+            _Writer(model, placement, self, {row.op: row for row in self.supports}).write()
         return PassResult(
             model,
             modified=bool(placement.nodes),
@@ -62,11 +64,12 @@ class _Writer:
     """Rewrites one graph by its placement; lives for one call."""
 
     def __init__(
-        self, model: ir.Model, placement: Placement, scheme: QuantScheme, table: Mapping[str, OpSupport]
+        self, model: ir.Model, placement: Placement, options: Quantize, table: Mapping[str, OpSupport]
     ) -> None:
-        self.graph, self.placement, self.scheme, self.table = model.graph, placement, scheme, table
+        self.graph, self.placement, self.scheme, self.table = model.graph, placement, options.scheme, table
+        self.bias_shift = options.bias_shift
         self.params: dict[ir.Value, QParams] = {
-            value: activation_params(chosen, scheme.activation, scheme.symmetric)
+            value: activation_params(chosen, self.scheme.activation, self.scheme.symmetric)
             for value, chosen in placement.ranges.items()
         }
         self.integers: dict[ir.Value, ir.Value] = {}  # float tensor -> its integer form
@@ -99,7 +102,7 @@ class _Writer:
         if role == "linear":
             self._weight(node)
 
-    def _redirect(self, value: ir.Value, uses: Sequence[ir.Usage]) -> None:
+    def _redirect(self, value: ir.Value, uses: Sequence[tuple[ir.Node, int]]) -> None:
         """Let every reader of a tensor that now exists as integers only read the dequantized one."""
         for node, i in uses:
             if node.inputs[i] is value and self.placement.nodes.get(node) != "move":
@@ -213,22 +216,35 @@ class _Writer:
         assert value is not None and value.const_value is not None and source is not None
         weight = value.const_value.numpy()
         axis = _channel_axis(node, weight.ndim) if self.scheme.per_channel else None
-        bias_value = node.inputs[2] if len(node.inputs) > 2 else None
-        bias = None
-        if bias_value is not None and bias_value.const_value is not None:
-            bias = bias_value.const_value.numpy().reshape(-1) * node.attributes.get_float("beta", 1.0)
+        bias = self._float_bias(node)
         input_scale = self._input_scale(source)
         integer_bias = bias is not None and self.scheme.bias == "int32"
         limit = self.scheme.weight_max
         scales = weight_scales(weight, axis, limit, bias if integer_bias else None, input_scale)
         node.replace_input_with(1, self._stored_weight(value, weight, scales, axis, limit))
-        if integer_bias and bias_value is not None and bias is not None:
-            if "beta" in node.attributes:
-                node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+        if bias is None:
+            return
+        name = f"{value.name}_bias"
+        if integer_bias:
             integers, bias_scales = quantize_bias(bias, scales, input_scale)
-            node.replace_input_with(
-                2, self._constant_dq(bias_value.name, integers, bias_scales, None if axis is None else 0)
-            )
+            stored = self._constant_dq(name, integers, bias_scales, None if axis is None else 0)
+        else:
+            stored = self._constant(name, bias.astype(np.float32))
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, stored)
+
+    def _float_bias(self, node: ir.Node) -> np.ndarray | None:
+        """Return the bias (one float64 per output channel) with its correction, beta multiplied in; None without."""
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        shift = self.bias_shift.get(node.name or "")
+        bias = None if value is None or value.const_value is None else value.const_value.numpy().reshape(-1)
+        if bias is not None and "beta" in node.attributes:
+            bias = bias * node.attributes.get_float("beta", 1.0)
+            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+        if shift is None:
+            return bias
+        return shift.astype(np.float64) + (0.0 if bias is None else bias)
 
     def _input_scale(self, dequantized: ir.Value) -> float:
         producer = dequantized.producer()
