@@ -85,8 +85,8 @@ class Case:
     calib: str
     eval: str
     metric: str | None = None
-    calibrate_on: slice = slice(None)
-    compare_on: slice = slice(None)
+    calibrate_on: tuple[int, int] | None = None
+    compare_on: tuple[int, int] | None = None
 
 
 _IMAGENET = "mean: [0.485, 0.456, 0.406]\nstd: [0.229, 0.224, 0.225]\n"
@@ -101,8 +101,8 @@ CASES = (
         "photos",
         "photos",
         _DECODER,
-        slice(0, 60),
-        slice(60, 100),
+        (0, 60),
+        (60, 100),
     ),  # fmt: skip
 )
 
@@ -149,12 +149,12 @@ def run(case: Case, args: argparse.Namespace) -> None:
         print(_row(name, found.get(name), float(np.median(values)), ratio))
 
 
-def _part(source: Path, chosen: slice, out: Path) -> Path:
+def _part(source: Path, chosen: tuple[int, int] | None, out: Path) -> Path:
     """Return a folder with the chosen files of a flat folder (links), or the folder itself where all are chosen."""
-    if chosen == slice(None):
+    if chosen is None:
         return source
     out.mkdir()
-    for file in sorted(source.iterdir())[chosen]:
+    for file in sorted(source.iterdir())[slice(*chosen)]:
         (out / file.name).symlink_to(file.resolve())
     return out
 

@@ -51,16 +51,18 @@ Columns = slice | np.ndarray
 
 @dataclass(frozen=True)
 class Observed:
-    """One tensor: the columns of its minima and maxima among the extremes, and those of its samples behind them.
+    """One tensor of `each` elements an image: the columns of its minima, its maxima, both together, and its samples.
 
     `bounded`: it, or a part of it whose minima are not among them, is never below 0.
     """
 
     name: str
-    lows: Columns
-    highs: Columns
-    samples: Columns
+    each: int
     bounded: bool
+    lows: np.ndarray
+    highs: np.ndarray
+    extremes: Columns
+    samples: Columns
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,11 @@ def sources(model: ir.Model, tensors: Sequence[str]) -> dict[str, str]:
     Left out are constants, other types than float, and tensors of subgraphs. KeyError for a name the model lacks.
     """
     known = values(model.graph)
-    inner = {v.name for graph in model.graph.subgraphs() for node in graph for v in node.outputs}
+    others = {v.name for graph in model.graph.subgraphs() for node in graph for v in node.outputs}
+    others.update(model.graph.initializers)
     found = {}
     for name in tensors:
-        if name not in known and name in inner:
+        if name not in known and name in others:
             continue
         root = source(known[name])
         if root.name in known and root.const_value is None and known[name].dtype in (None, *FLOATS):
@@ -220,21 +223,20 @@ class _Builder:
         extremes = list(dict.fromkeys([*(part for s in every for part in (*s.lows, *s.highs)), *watched]))
         samples = list(dict.fromkeys(part for s in every for part, _ in s.samples))
         middle = sum(part.columns for part in extremes)
-        start, place = _starts(extremes), _starts(samples)
-        tensors = tuple(
-            Observed(
-                value.name or "",
-                _columns([(start[p], p.columns, p.columns) for p in s.lows]),
-                _columns([(start[p], p.columns, p.columns) for p in s.highs]),
-                _columns([(place[p], p.columns, wanted) for p, wanted in s.samples]),
-                s.bounded,
-            )
-            for value, s in self.seen.items()
-        )
+        start = _starts(extremes, 0)
+        place = _starts(samples, middle)
+        tensors = []
+        for value, seen in self.seen.items():
+            lows = _columns([(start[p], p.columns, p.columns) for p in seen.lows])
+            highs = _columns([(start[p], p.columns, p.columns) for p in seen.highs])
+            picked = _columns([(place[p], p.columns, wanted) for p, wanted in seen.samples])
+            both = _sliced(np.union1d(lows, highs))
+            tensors.append(Observed(value.name or "", seen.each, seen.bounded, lows, highs, both, _sliced(picked)))
         self._rewire([part.value for part in (*extremes, *samples)])
         sizes = (math.prod(static_shape(v) or ()) for node in graph for v in node.outputs)
         largest = 4 * max(sizes, default=0)
-        return Augmented(self.model, tensors, tuple(v.name or "" for v in self.whole), self.draws, middle, largest)
+        whole = tuple(value.name or "" for value in self.whole)
+        return Augmented(self.model, tuple(tensors), whole, self.draws, middle, largest)
 
     def _rewire(self, parts: Sequence[ir.Value]) -> None:
         """Append the observers, last tensor first, and make their results the graph's only output."""
@@ -316,17 +318,22 @@ class _Builder:
         return initializers[name]
 
 
-def _starts(parts: Sequence[_Part]) -> dict[_Part, int]:
+def _starts(parts: Sequence[_Part], first: int) -> dict[_Part, int]:
     """Return the first column of each part when they lie side by side."""
-    return dict(zip(parts, itertools.accumulate((part.columns for part in parts), initial=0), strict=False))
+    return dict(zip(parts, itertools.accumulate((part.columns for part in parts), initial=first), strict=False))
 
 
-def _columns(stretches: Sequence[tuple[int, int, int]]) -> Columns:
+def _columns(stretches: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Return the columns: of each stretch (start, length, wanted) so many as wanted, spread evenly."""
-    if len(stretches) == 1 and stretches[0][1] == stretches[0][2]:
-        return slice(stretches[0][0], stretches[0][0] + stretches[0][1])
     spread = [start + np.arange(wanted) * length // wanted for start, length, wanted in stretches]
     return np.concatenate(spread) if spread else np.zeros(0, np.intp)
+
+
+def _sliced(columns: np.ndarray) -> Columns:
+    """Return a slice in place of indices that follow each other: NumPy then copies rows, not elements."""
+    if len(columns) and (np.diff(columns) == 1).all():
+        return slice(int(columns[0]), int(columns[-1]) + 1)
+    return columns
 
 
 def _value(

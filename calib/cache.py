@@ -23,7 +23,7 @@ from .._version import __version__
 from ..compiler import model as model_io
 from ..compiler.errors import OutputError
 from ..compiler.files import atomic_file
-from ..compiler.types import Progress, TensorStatistics, silent
+from ..compiler.types import Progress, Refusal, TensorStatistics, silent
 from .folder import Folder
 from .observe import collect
 from .sources import UNREADABLE
@@ -63,9 +63,10 @@ def collect_cached(
     path = directory() / f"{key}.npz"
     found = _load(path)
     if found is not None:
-        return Collected(found, True, key)
+        folder.mark_skipped(found[1])
+        return Collected(found[0], True, key)
     statistics = collect(model, tensors, folder, histogram=histogram, seed=seed, threads=threads, progress=progress)
-    _store(path, statistics)
+    _store(path, statistics, folder.skipped)
     return Collected(statistics, False, key)
 
 
@@ -118,27 +119,29 @@ def key_of(fingerprint: str, tensors: tuple[str, ...], folder: Folder, *, histog
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _store(path: Path, statistics: Mapping[str, TensorStatistics]) -> None:
+def _store(path: Path, statistics: Mapping[str, TensorStatistics], skipped: tuple[Refusal, ...]) -> None:
     values = list(statistics.values())
     bins = max((len(s.histogram) for s in values if s.histogram is not None), default=0)
     none = np.zeros(bins, np.int64)
-    names = np.frombuffer(json.dumps(list(statistics)).encode(), np.uint8)
+    text = json.dumps({"tensors": list(statistics), "skipped": [dataclasses.astuple(r) for r in skipped]})
     ends = np.array([(s.min, s.max, s.low, s.high, s.images) for s in values], np.float64).reshape(-1, 5)
-    counts = np.array([none if s.histogram is None else s.histogram for s in values], np.int64).reshape(-1, bins)
+    counts = np.array([none if s.histogram is None else s.histogram for s in values], np.int64)
     try:
         with atomic_file(path) as file:
-            np.savez_compressed(file, names=names, ends=ends, counts=counts)
+            text_bytes = np.frombuffer(text.encode(), np.uint8)
+            np.savez_compressed(file, text=text_bytes, ends=ends, counts=counts.reshape(len(values), bins))
     except OutputError as error:
         logger.warning("the statistics are not kept for the next time: %s", error)
 
 
-def _load(path: Path) -> dict[str, TensorStatistics] | None:
+def _load(path: Path) -> tuple[dict[str, TensorStatistics], list[Refusal]] | None:
     """Return what is stored; None where there is nothing, or nothing that can be used."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            names, ends, counts = json.loads(stored["names"].tobytes()), stored["ends"], stored["counts"]
-        rows = zip(names, ends.tolist(), counts, strict=True)
-        return {n: TensorStatistics(e[0], e[1], int(e[4]), c if c.any() else None, e[2], e[3]) for n, e, c in rows}
+            text, ends, counts = json.loads(stored["text"].tobytes()), stored["ends"], stored["counts"]
+        rows = zip(text["tensors"], ends.tolist(), counts, strict=True)
+        found = {n: TensorStatistics(e[0], e[1], int(e[4]), c if c.any() else None, e[2], e[3]) for n, e, c in rows}
+        return found, [Refusal(*fields) for fields in text["skipped"]]
     except FileNotFoundError:
         return None
     except (*UNREADABLE, KeyError, TypeError) as error:

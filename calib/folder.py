@@ -70,6 +70,10 @@ class Folder:
         """The files that could not be read, with the reason; grows when decoding finds another one."""
         return tuple(self._skipped.values())
 
+    def mark_skipped(self, refusals: Iterable[Refusal]) -> None:
+        """Record items that are known to be damaged, so that they need not be read to find out."""
+        self._skipped.update({refusal.node: refusal for refusal in refusals})
+
     @property
     def fixed_batch(self) -> int | None:
         """The batch that the model insists on; None where any will do."""
@@ -150,16 +154,20 @@ class Folder:
         elif self.fixed_batch is not None:
             size, pad = self.fixed_batch, True
         group: list[_Read] = []
-        done = 0
+        empty = True
         for read in self._decoded(size, _workers(workers)):
-            if group and (len(group) == size or _shapes(group[0]) != _shapes(read)):
+            empty = False
+            if group and _shapes(group[0]) != _shapes(read):
                 yield self._batch(group, size if pad else 0)
                 group = []
             group.append(read)
-            done += 1
-        if not done:
+            if len(group) == size:
+                yield self._batch(group, size)
+                group = []
+        if group:
+            yield self._batch(group, size if pad else 0)
+        if empty:
             raise self._nothing_readable()
-        yield self._batch(group, size if pad else 0)
 
     def _decoded(self, size: int, workers: int) -> Iterator[_Read]:
         """Yield what could be read, in order; at most `workers` + 2 chunks of `size` are held."""
@@ -182,7 +190,7 @@ class Folder:
             try:
                 found.append((item, self.source.read(item)))
             except UNREADABLE as error:
-                self._skipped[item.name] = refusal(item.name, self.source.rule, error)
+                self.mark_skipped([refusal(item.name, self.source.rule, error)])
         return found
 
     def _batch(self, group: list[_Read], rows: int) -> Batch:
@@ -240,7 +248,7 @@ def open_folder(folder: Path, pre: Preprocess | None, specs: tuple[InputSpec, ..
         notes = (f"{len(rest)} files in {folder} were ignored, such as {rest[0]}",)
     items, refusals = readable(chosen, source.check, source.rule)
     opened = Folder(folder, tuple(items), source, specs, pre, notes, _classes=_classes(chosen))
-    opened._skipped.update({r.node: r for r in refusals})
+    opened.mark_skipped(refusals)
     if not items:
         raise opened._nothing_readable()
     return opened

@@ -81,11 +81,13 @@ def collect(
 
 
 def _images_a_run(folder: Folder) -> int:
-    """Return as many images as fit into _BATCH_BYTES, so that small models are not all overhead."""
+    """Return as many images as fit into _BATCH_BYTES, so that small models are not all overhead; evenly shared out."""
     pixels = [math.prod(d for d in spec.shape[1:] if d) for spec in folder.specs]
     if folder.pre is not None and folder.pre.size is not None:
         pixels = [3 * math.prod(folder.pre.size)]
-    return max(1, min(_MOST_IMAGES, _BATCH_BYTES // max(1, 4 * sum(pixels))))
+    most = max(1, min(_MOST_IMAGES, _BATCH_BYTES // max(1, 4 * sum(pixels))))
+    runs = -(-len(folder) // most)
+    return -(-len(folder) // max(1, runs)) or 1
 
 
 def _samples(images: int) -> int:
@@ -102,6 +104,7 @@ class _Gathered:
 
     low: float = math.inf
     high: float = -math.inf
+    elements: int = 0
     histogram: Histogram = field(default_factory=Histogram)
 
     @property
@@ -111,15 +114,16 @@ class _Gathered:
     def widen(self, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
-    def count(self, values: np.ndarray) -> None:
+    def count(self, elements: int, samples: np.ndarray, extremes: np.ndarray) -> None:
+        self.elements += elements
         self.histogram.cover(self.low, self.high)
-        self.histogram.add(values)
+        self.histogram.add(samples, extremes)
 
     def statistics(self, images: int) -> TensorStatistics:
         h = self.histogram
         if not h.counts.any():
             return TensorStatistics(self.low, self.high, images)
-        return TensorStatistics(self.low, self.high, images, h.counts, h.low, h.high)
+        return TensorStatistics(self.low, self.high, images, h.estimate(self.elements), h.low, h.high)
 
 
 class _Sweep:
@@ -187,7 +191,7 @@ class _Sweep:
         np.minimum(self._least, matrix[:, :extremes].min(axis=0), out=self._least)
         np.maximum(self._most, matrix[:, :extremes].max(axis=0), out=self._most)
         if self._samples:
-            self._buffer.append(matrix[: step.count, extremes:])
+            self._buffer.append(matrix[: step.count])
             if sum(array.nbytes for array in self._buffer) >= _BUFFER_BYTES:
                 self._settle()
 
@@ -200,7 +204,7 @@ class _Sweep:
             rows = np.concatenate(self._buffer)
             self._buffer.clear()
             for t in self._augmented.tensors:
-                self._gathered[t.name].count(rows[:, t.samples])
+                self._gathered[t.name].count(t.each * len(rows), rows[:, t.samples], rows[:, t.extremes])
 
     def _take_whole(self, name: str, array: np.ndarray, step: Batch) -> None:
         """Fold in a tensor that is here with all its elements."""
@@ -218,7 +222,8 @@ class _Sweep:
             wanted = self._samples * step.count
             values = array.ravel()
             picked = values if values.size <= wanted else values[_draw(self._rng, values.size, wanted)]
-            tensor.count(picked.astype(np.float32, copy=False))
+            extremes = np.array([low, high] if values.size > 1 else [low], np.float32)
+            tensor.count(values.size, picked.astype(np.float32, copy=False), extremes)
 
     def _explain(self, step: Batch) -> None:
         """Raise a DataError that names the first tensor which is not finite; none is where only a mean overflowed."""

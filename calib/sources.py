@@ -165,7 +165,7 @@ class Arrays:
             array = arrays[spec.name]
             if not self.whole:
                 array = array[row] if array.ndim == len(spec.shape) else array[None]
-            feed[spec.name] = np.ascontiguousarray(array, dtype=spec.dtype)
+            feed[spec.name] = np.array(array, dtype=spec.dtype, order="C")
         return feed
 
     @functools.cached_property

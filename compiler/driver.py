@@ -26,7 +26,7 @@ from .errors import BudgetError
 from .job import Job
 from .options import Options
 from .proof import Prover
-from .quantizer import AUTO_METHODS, Quantized, Quantizer, choose_ranges, closest
+from .quantizer import AUTO_METHODS, Quantized, Quantizer, choose_ranges, closest, edges
 from .report import text
 from .types import (
     Attempt,
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..backends.base import Runner
+
+
+#: A change that keeps this share of the speed is taken to cost no time.
+FREE = 0.97
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def _calibrate(this: Job, empty: Quantizer) -> tuple[CalibrationSummary, Quantiz
         ranges = choose_ranges(found.statistics, method, empty.scheme)
         quantizer = replace(empty, ranges=ranges, method=method)
         tried.append(quantizer.corrected(this.images, this.threads, this.progress))
-    best = closest(tried, this.images, this.threads, this.progress)
+    best = _with_float_edges(this, closest(tried, this.images, this.threads, this.progress))
     summary = CalibrationSummary(
         folder=str(this.options.calib),
         images=len(this.images),
@@ -185,6 +189,27 @@ def _calibrate(this: Job, empty: Quantizer) -> tuple[CalibrationSummary, Quantiz
         key=found.key,
     )
     return summary, best
+
+
+def _with_float_edges(this: Job, quantizer: Quantizer) -> Quantizer:
+    """Leave first and last layers in float where that is measured to cost no time (within 3 %)."""
+    if this.target is None:
+        return quantizer
+    choices = edges(quantizer)
+    with TemporaryDirectory() as place:
+        runners: dict[str, Runner] = {}
+        for i, keep in enumerate([{}, *choices]):
+            path = Path(place) / f"{i}.onnx"
+            model_io.save(quantizer.build(keep).model, path)
+            runners[str(i)] = this.backend.open(this.backend.lower(path, this.profile, "int8"), this.threads)
+        if len(runners) == 1:
+            return quantizer
+        measured = this.target.measure(runners, _feed(this), baseline="0", threads=this.threads, seconds=2.0)
+    for i, keep in enumerate(choices, start=1):
+        speed = measured[str(i)].speedup
+        if speed is not None and speed >= FREE:
+            return replace(quantizer, kept={**quantizer.kept, **keep})
+    return quantizer
 
 
 def _should_widen(

@@ -22,6 +22,7 @@ from ..calib import ranges as calib_ranges
 from ..passes.quantize import Quantize
 from . import fidelity, pipeline
 from . import model as model_io
+from .layers import LINEAR
 from .sensitivity import LayerError, layer_errors
 from .types import OpSupport, PassRecord, Progress, QuantScheme, Range, TensorStatistics
 
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
     from ..calib.folder import Folder
 
 #: What `auto` chooses among (docs/benchmarks.md has what each gains).
-AUTO_METHODS = ("minmax", "percentile", "mse")
+AUTO_METHODS = ("minmax", "percentile", "entropy", "mse")
 #: The method where no images are at hand to choose by.
-DEFAULT_METHOD = "minmax"
+DEFAULT_METHOD = "percentile"
 #: An own SQNR below this means that the layer's output is mostly noise.
 FLOOR_DB = 12.0
-#: Images over which layers' errors are averaged and methods compared: the figures do not change with more.
-IMAGES = 64
+#: Layers' errors are averaged, and methods compared, over so many input numbers, but at least so many images. Few
+#: images flatter methods that clip: what they clip is rare.
+_NUMBERS, _LEAST_IMAGES = 64 * 3 * 224 * 224, 64
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Quantizer:
     method: str = ""
     errors: Mapping[str, float] = field(default_factory=dict)
     bias_shift: Mapping[str, np.ndarray] = field(default_factory=dict)
-    collapsed: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def build(self, keep_float: Mapping[str, str] | None = None) -> Quantized:
-        """Quantize a copy of the model, all but the collapsed nodes and those in `keep_float` (name -> reason)."""
-        keep = {**self.collapsed, **(keep_float or {})}
+        """Quantize a copy of the model, all but the nodes in `kept` and in `keep_float` (name -> reason)."""
+        keep = {**self.kept, **(keep_float or {})}
         step = Quantize(self.ranges, self.supports, self.scheme, keep, self.bias_shift)
         result, (record,) = pipeline.run(model_io.copy(self.model), [step], None)
         return Quantized(result, record, keep)
@@ -83,17 +85,30 @@ class Quantizer:
             self,
             errors={name: e.sqnr_db for name, e in found.items()},
             bias_shift={name: e.shift for name, e in found.items() if e.shift is not None},
-            collapsed=_collapsed(found),
+            kept=_collapsed(found),
         )
 
     def widened(self) -> list[dict[str, str]]:
         """Return ever larger sets of layers to keep in float: the 1, 2, 4, … with the lowest own SQNR."""
-        ranked = sorted((db, name) for name, db in self.errors.items() if name not in self.collapsed)
+        ranked = sorted((db, name) for name, db in self.errors.items() if name not in self.kept)
         counts = [2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)]
         return [
             {name: f"kept in float to hold the budget (own SQNR {db:.1f} dB)" for db, name in ranked[:count]}
             for count in counts
         ]
+
+
+def edges(quantizer: Quantizer) -> list[dict[str, str]]:
+    """Return what may be left in float for nothing: the layers at the two ends of the network, most of them first.
+
+    A first layer has few input channels and fills no integer kernel; a last one gives floats anyway. Both round where
+    it hurts most: the image itself, and the answer.
+    """
+    inputs, outputs = set(quantizer.model.graph.inputs), set(quantizer.model.graph.outputs)
+    layers = [n for n in quantizer.model.graph if n.name in quantizer.errors and n.op_type in LINEAR]
+    first = {n.name or "": "first layer: float costs no time here" for n in layers if n.inputs[0] in inputs}
+    last = {n.name or "": "last layer: float costs no time here" for n in layers if n.outputs[0] in outputs}
+    return [e for e in ({**first, **last}, first, last) if e and len(e) < len(layers)]
 
 
 def choose_ranges(statistics: Mapping[str, TensorStatistics], method: str, scheme: QuantScheme) -> dict[str, Range]:
@@ -136,4 +151,7 @@ def _collapsed(errors: Mapping[str, LayerError]) -> dict[str, str]:
 
 
 def _few(images: Folder) -> Folder:
-    return images.subset(range(0, len(images), max(1, len(images) // IMAGES))[:IMAGES])
+    """Return enough of the images to judge by, spread evenly over the folder."""
+    size = sum(math.prod(d or 1 for d in spec.shape[1:]) for spec in images.specs)
+    count = min(len(images), max(_LEAST_IMAGES, _NUMBERS // max(size, 1)))
+    return images.subset(i * len(images) // count for i in range(count))

@@ -94,6 +94,7 @@ class Names:
 
     def __init__(self, taken: Iterable[str | None]) -> None:
         self._taken = set(taken)
+        self._numbers: dict[str, int] = {}
 
     @classmethod
     def of(cls, model: ir.Model) -> Names:
@@ -103,10 +104,10 @@ class Names:
 
     def fresh(self, stem: str) -> str:
         """Return `stem`, or `stem_2`, `stem_3`, … if that is taken; it is taken from then on."""
-        name, number = stem, 1
+        name = stem
         while name in self._taken:
-            number += 1
-            name = f"{stem}_{number}"
+            self._numbers[stem] = self._numbers.get(stem, 1) + 1
+            name = f"{stem}_{self._numbers[stem]}"
         self._taken.add(name)
         return name
 

@@ -155,8 +155,9 @@ def _why_not_affine(node: ir.Node, graph: ir.Graph, opset: int) -> str | None:
         return "its scale, bias, mean or variance is not constant"
     if any(tensor.dtype not in WIDE for tensor in tensors if tensor is not None):
         return "its parameters are of 16 bits, too few for the product"
-    if len({tensor.shape.numpy() for tensor in tensors if tensor is not None}) != 1:
-        return "its parameters are of different lengths"
+    shapes = {tensor.shape.numpy() for tensor in tensors if tensor is not None}
+    if len(shapes) != 1 or len(shapes.pop()) != 1:  # opset 8 could normalise every pixel by itself
+        return "its parameters are not one number per channel"
     return _why_inexact(node)
 
 

@@ -47,10 +47,10 @@ class Normalise(Pass):
         """Normalise `model` in place."""
         before = Fingerprint.of(model)
         calls = inline_functions(model)
-        spare = model.clone()
+        spare = model.clone() if any(node.op_type == "If" for node in model.graph) else None
         work = _Work(model, _RULES)
         after = work.run()
-        if work.fault_before is None and work.fault is not None:
+        if spare is not None and work.fault_before is None and work.fault is not None:
             # ONNX Runtime takes in a branch, unseen, what it refuses in the open: leave the branches closed
             model.graph = spare.graph
             work = _Work(model, tuple(rule for rule in _RULES if rule is not _constant_if))

@@ -319,6 +319,17 @@ def test_statistics_as_outputs_are_refused():
     assert not result.modified and "statistics" in result.refusals[0].why
 
 
+def test_numbers_per_pixel_are_refused():
+    parameters = norm(4).replace("float[4]", "float[4,2,2]")
+    text = f"""
+    g (float[N,3,2,2] x) => (float[N,4,2,2] y) <float[4,3,1,1] w, {parameters}> {{
+        c = Conv (x, w)
+        y = BatchNormalization <spatial = 0> (c, scale, bias, mean, var)
+    }}"""
+    result = FoldBatchNorm()(zoo.model(text, opset=8))
+    assert not result.modified and "per channel" in result.refusals[0].why
+
+
 @pytest.mark.parametrize(
     ("weights", "why"),
     [

@@ -109,6 +109,8 @@ SOME_OPS = {
     "Pad": "s = Constant <value = int64[4] {0, 0, 0, 1}> ()  a = Pad (x, s)",
     "Slice": "z = Constant <value = int64[1] {0}> ()  e = Constant <value = int64[1] {3}> ()"
     "  o = Constant <value = int64[1] {1}> ()  a = Slice (x, z, e, o)",
+    "Slice, every other": "z = Constant <value = int64[1] {0}> ()  e = Constant <value = int64[1] {2147483647}> ()"
+    "  o = Constant <value = int64[1] {1}> ()  s = Constant <value = int64[1] {2}> ()  a = Slice (x, z, e, o, s)",
     "Slice, reversed": "z = Constant <value = int64[1] {-1}> ()  e = Constant <value = int64[1] {-9}> ()"
     "  o = Constant <value = int64[1] {1}> ()  a = Slice (x, z, e, o, z)",
     "Dropout with a mask": "a, m = Dropout (x)  n = Cast <to = 1> (m)",
@@ -122,6 +124,19 @@ def test_what_does_something_stays(case):
     shape = "A,B,C" if case == "Expand" else "A,B"
     model, _ = normalise(body(f"{SOME_OPS[case]}  y = Relu (a)", f"float[{shape}] y{more}"))
     assert len(ops(model)) > 1
+
+
+def test_a_reshape_that_swaps_two_dynamic_dimensions_stays():
+    text = """
+    g (float[A,B] x) => (float[C,D] y) {
+        s = Shape (x)
+        order = Constant <value = int64[2] {1, 0}> ()
+        t = Gather (s, order)
+        r = Reshape (x, t)
+        y = Relu (r)
+    }"""
+    model, _ = normalise(text)
+    assert ops(model) == ["Shape", "Gather", "Reshape", "Relu"]
 
 
 def test_two_outputs_of_one_value_both_stay():
@@ -182,6 +197,13 @@ def test_half_precision_weights_may_grow_when_they_are_cast():
     text = f"g (float[2,{rows}] x) => (float[2,4] y) <float16[{rows},4] h> {{ {cast} }}"
     model, _ = normalise(text, rtol=1e-6)  # the constant is the same; the order of a long sum may differ
     assert ops(model) == ["MatMul"]
+
+
+def test_a_constant_of_a_type_without_arrays_is_left():
+    casts = "b = Cast <to = 16> (h)  w = Cast <to = 1> (b)  y = Add (x, w)"
+    model, result = normalise(body(casts, declared="<float[4] h>"))
+    assert ops(model) == ["Cast", "Cast", "Add"]
+    assert [refusal.why for refusal in result.refusals] == ["ONNX Runtime cannot compute it"]
 
 
 def test_quantized_weights_stay_integers():

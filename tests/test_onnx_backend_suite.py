@@ -88,6 +88,8 @@ def verdict(case: Case, folder: Path) -> str:
     model = model_io.load(path)
     for step in (RaiseOpset(), Normalise(), FoldBatchNorm()):
         step(model)
+        if step(model).modified:
+            return f"REGRESSION: a second run of {step.name} changes something"
     model_io.save(model, path)
     try:
         return "passed" if matches(outputs_of(path.read_bytes(), case), case) else "REGRESSION: other numbers"
@@ -109,6 +111,10 @@ def plain(value: object) -> object:
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     return np.asarray(value) if isinstance(value, np.generic) else value
+
+
+def constant_cases() -> Iterator[Case]:
+    return filter(None, map(with_constants, node_cases()))
 
 
 def with_constants(case: Case) -> Case | None:
@@ -165,13 +171,14 @@ def light_cases() -> Iterator[Case]:
 
 
 @pytest.mark.slow
+#: Of these onnx 1.23 and onnxruntime 1.31 pass 1398, 995, 100 and 9; other versions know other operators.
 @pytest.mark.parametrize(
     ("kind", "cases", "known"),
     [
-        ("node", lambda: node_cases(), 0),
-        ("node, constant inputs", lambda: filter(None, map(with_constants, node_cases())), 0),
-        ("stored", stored_cases, 0),
-        ("light", light_cases, 0),
+        ("node", node_cases, 1200),
+        ("node, constant inputs", constant_cases, 850),
+        ("stored", stored_cases, 90),
+        ("light", light_cases, 9),
     ],
 )
 def test_what_onnxruntime_passes_passes_through_edgec(kind, cases, known, tmp_path, capsys):

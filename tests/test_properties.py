@@ -15,7 +15,7 @@ EXACT = [name for name in registry.PASSES if registry.load(name).exact]
 RTOL = 1e-4  # what an exact pass promises; each network is a dozen layers deep
 
 run = settings(
-    max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
@@ -56,7 +56,8 @@ class Sketch:
         out = channels * self.pick(1, 2) if channels < 16 else channels
         bias = f", {self.weight('b', out)}" if self.pick(True, False) else ""
         w = self.weight("w", out, channels // group, 3, 3)
-        self.emit(f"Conv <group = {group}, pads = [{pad},{pad},{pad},{pad}]> ({x}, {w}{bias})", out, pixels - 2 + 2 * pad)
+        pads = ",".join([str(pad)] * 4)
+        self.emit(f"Conv <group = {group}, pads = [{pads}]> ({x}, {w}{bias})", out, pixels - 2 + 2 * pad)
 
     def conv_transpose(self):
         x, channels, pixels = self.tensor()
