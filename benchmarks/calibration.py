@@ -184,7 +184,19 @@ def child(side: str, name: str, images: str, count: int, data: Path, work: Path)
     picked = np.linspace(0, len(folder) - 1, count).astype(int)
     folder = folder.subset(picked)
     run(side, model, folder, folder.fixed_batch or observe._images_a_run(folder), 0)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mb())
+
+
+def peak_mb() -> float:
+    """Return this process's peak RSS in MB.
+
+    Linux starts `ru_maxrss` at the parent's size when a process is forked; VmHWM begins anew with the program.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def row(cells: Sequence[object]) -> str:
@@ -203,6 +215,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--threads", default=f"1,{os.cpu_count()}", help="thread counts, separated by commas")
+    parser.add_argument("--no-times", action="store_true", help="memory only")
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -214,8 +227,9 @@ def main() -> None:
     cases = [case for case in CASES if case.name in given.cases.split(",")]
     with TemporaryDirectory() as folder:
         work = Path(folder)
-        print(head("model", "images", "batch", "threads", *(f"{s}, s" for s in SIDES), "minmax/plain", "histogram/plain"))
-        for case in cases:
+        ratios = [f"{side}/plain" for side in SIDES if side != "plain"]
+        print(head("model", "images", "batch", "threads", *(f"{s}, s" for s in SIDES), *ratios))
+        for case in [] if given.no_times else cases:
             for threads in dict.fromkeys(map(int, given.threads.split(","))):
                 print(times(case, given.data, work, threads, given.repeat), flush=True)
         print("\n" + head("model", "images", *(f"{s}, peak MB" for s in SIDES)))

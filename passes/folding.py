@@ -145,9 +145,9 @@ def compute(node: ir.Node, model: ir.Model) -> list[ir.TensorProtocol] | None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 4  # what cannot be computed stays as it is: nobody needs to be told
+    model_faults = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented)
     # RuntimeError: a type that its Python interface cannot hand over, such as bfloat16
-    unable = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
-    unable += (RuntimeError,)
+    unable = (*model_faults, state.RuntimeException, RuntimeError)
     try:
         session = onnxruntime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
