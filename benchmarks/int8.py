@@ -10,6 +10,7 @@ and writes an invalid file per channel below opset 13; edgec gets the raw file. 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ def run(case: Case, args: argparse.Namespace) -> None:
         )
         runners = {"raw file": model, "FP32 folded": float_model, **paths}
         feed = dict(next(iter(held_out.batches(1))).feed)
-        calls = {n: (lambda s=Session(p, threads=args.threads): s.run(feed)) for n, p in runners.items()}
+        sessions = {name: Session(path, threads=args.threads) for name, path in runners.items()}
+        calls = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
         samples = interleave(calls, seconds=args.seconds, max_rounds=5000)
     print(f"\n### {case.model}: {len(calib)} images to calibrate, {len(held_out)} to compare\n")
     print("| model | SQNR dB | figure | points lost (95 %) | ms | speed-up over folded FP32 (95 %) |")

@@ -112,6 +112,7 @@ def augment(
     `samples` elements are picked of each tensor and image; 0 for minima and maxima only.
     """
     twin = model_io.copy(model)
+    twin.opset_imports.setdefault("", 17)  # a model may consist of other operators only
     _infer(twin, shapes)
     builder = _Builder(twin, batch, samples, nonnegative(twin.graph))
     wanted = set(tensors)

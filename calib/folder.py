@@ -303,5 +303,10 @@ def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _workers(asked: int | None) -> int:
-    return asked or min(os.cpu_count() or 1, _MOST_WORKERS)
+    return asked or min(cores(), _MOST_WORKERS)

@@ -7,8 +7,8 @@ by side, each on a thread of its own: sharing the many small operators of one ru
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +25,7 @@ from ..compiler import model as model_io
 from ..compiler.errors import DataError
 from ..compiler.types import Progress, TensorStatistics, silent
 from .augment import FLOATS, STATISTICS, Augmented, augment, sources
-from .folder import Batch, Folder
+from .folder import Batch, Folder, cores
 from .histogram import Histogram
 
 #: Elements sampled of each tensor and image: at least the first; where there are few images so many that the second
@@ -35,8 +35,8 @@ SAMPLES, SAMPLES_IN_ALL, MOST_SAMPLES = 1 << 8, 1 << 16, 1 << 14
 _BUFFER_BYTES = 1 << 23
 #: So many bytes of images are run together, at most so many images.
 _BATCH_BYTES, _MOST_IMAGES = 1 << 20, 16
-#: Runs go on side by side as long as the largest tensors of all of them stay below this.
-_SIDE_BY_SIDE_BYTES = 1 << 26
+#: Runs go on side by side as long as the largest tensors of all of them stay below this, and no more of them.
+_BESIDE_BYTES, _MOST_BESIDE = 1 << 25, 16
 
 
 def collect(
@@ -59,20 +59,23 @@ def collect(
     no image can be read.
     """
     held = sources(model, tensors)
+    if not held:
+        return {}
     gathered = {name: _Gathered() for name in held.values()}
     samples = _samples(len(folder)) if histogram else 0
-    rng = np.random.default_rng(seed)
-    done, shapes, sweep = 0, None, None
-    with TemporaryDirectory() as temporary:
+    number, done, shapes, sweep = 0, 0, None, None
+    with contextlib.ExitStack() as stack:
+        temporary = Path(stack.enter_context(TemporaryDirectory()))
         for step in folder.batches(batch or _images_a_run(folder), pad=True):
             if sweep is None or _shapes(step) != shapes:
                 if sweep is not None:
                     sweep.close()
                 shapes = _shapes(step)
                 augmented = augment(model, tuple(gathered), shapes, step.rows, samples)
-                cores = threads or os.cpu_count() or 1
-                sweep = _Sweep(model, augmented, Path(temporary), cores, gathered, samples, rng)
-            sweep.submit(step)
+                sweep = _Sweep(model, augmented, gathered, samples, temporary, threads or cores())
+                stack.enter_context(sweep.pool)
+            sweep.submit(step, np.random.default_rng((seed, number)))
+            number += 1
             done += step.count
             progress("calibrating", done, len(folder))
         if sweep is not None:
@@ -136,52 +139,49 @@ class _Sweep:
         self,
         model: ir.Model,
         augmented: Augmented,
-        folder: Path,
-        threads: int,
         gathered: Mapping[str, _Gathered],
         samples: int,
-        rng: np.random.Generator,
+        folder: Path,
+        threads: int,
     ) -> None:
         self._model, self._augmented = model, augmented
-        self._gathered, self._samples, self._rng = gathered, samples, rng
+        self._gathered, self._samples = gathered, samples
         self._inputs = [value.name or "" for value in model.graph.inputs if value.name in gathered]
         self._least = np.full(augmented.extremes, np.inf, np.float32)
         self._most = -self._least
         self._buffer: list[np.ndarray] = []
+        self._beside = max(1, min(threads, _MOST_BESIDE, _BESIDE_BYTES // max(1, augmented.largest)))
+        self.pool = ThreadPoolExecutor(self._beside, thread_name_prefix="edgec-run")
+        self._running: deque[tuple[Batch, np.random.Generator, Future[dict[str, np.ndarray]]]] = deque()
         self._session: Session | None = None
-        beside = min(threads, max(1, _SIDE_BY_SIDE_BYTES // max(1, augmented.largest)))
         if not augmented.empty:
             source = model_io.session_source(augmented.model, folder)
-            self._session = Session(source, threads=max(1, threads // beside))
-        self._beside = beside
-        self._pool = ThreadPoolExecutor(beside, thread_name_prefix="edgec-run")
-        self._running: deque[tuple[Batch, Future[dict[str, np.ndarray]]]] = deque()
+            self._session = Session(source, threads=max(1, threads // self._beside))
 
-    def submit(self, step: Batch) -> None:
-        """Run one batch, in the background. DataError where a tensor of this or an earlier one is not finite."""
-        draws = {name: _draw(self._rng, *of) for name, of in self._augmented.draws.items()}
-        self._running.append((step, self._pool.submit(self._run, {**step.feed, **draws})))
-        if len(self._running) > self._beside:
+    def submit(self, step: Batch, rng: np.random.Generator) -> None:
+        """Run one batch in the background. DataError where a tensor of this or an earlier one is not finite."""
+        draws = {name: _draw(rng, *of) for name, of in self._augmented.draws.items()}
+        self._running.append((step, rng, self.pool.submit(self._run, {**step.feed, **draws})))
+        while len(self._running) > self._beside:  # one waits, so that no thread does while results are taken
             self._take(*self._running.popleft())
 
     def close(self) -> None:
         """Wait for all runs, and hand on everything."""
         while self._running:
             self._take(*self._running.popleft())
-        self._pool.shutdown()
         self._settle()
 
     def _run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {} if self._session is None else self._session.run(feed)
 
-    def _take(self, step: Batch, future: Future[dict[str, np.ndarray]]) -> None:
+    def _take(self, step: Batch, rng: np.random.Generator, future: Future[dict[str, np.ndarray]]) -> None:
         outputs = future.result()
         if STATISTICS in outputs:
             self._take_matrix(outputs[STATISTICS], step)
         for name in self._augmented.whole:
-            self._take_whole(name, outputs[name], step)
+            self._take_whole(name, outputs[name], step, rng)
         for name in self._inputs:
-            self._take_whole(name, step.feed[name], step)
+            self._take_whole(name, step.feed[name], step, rng)
 
     def _take_matrix(self, matrix: np.ndarray, step: Batch) -> None:
         """Fold in a run's statistics (rows, columns); a padded batch repeats rows, which changes no extreme."""
@@ -206,7 +206,7 @@ class _Sweep:
             for t in self._augmented.tensors:
                 self._gathered[t.name].count(t.each * len(rows), rows[:, t.samples], rows[:, t.extremes])
 
-    def _take_whole(self, name: str, array: np.ndarray, step: Batch) -> None:
+    def _take_whole(self, name: str, array: np.ndarray, step: Batch, rng: np.random.Generator) -> None:
         """Fold in a tensor that is here with all its elements."""
         if array.dtype.kind != "f" or not array.size:
             return
@@ -221,7 +221,7 @@ class _Sweep:
         if self._samples:
             wanted = self._samples * step.count
             values = array.ravel()
-            picked = values if values.size <= wanted else values[_draw(self._rng, values.size, wanted)]
+            picked = values if values.size <= wanted else values[_draw(rng, values.size, wanted)]
             extremes = np.array([low, high] if values.size > 1 else [low], np.float32)
             tensor.count(values.size, picked.astype(np.float32, copy=False), extremes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +76,7 @@ def _source(path: Path) -> Path | None:
     return Path(source["path"]) if bundle.digest(Path(source["path"])) == source["sha256"] else None
 
 
-def _preprocess(path: Path, stated: str | None, runner: Runner) -> Preprocess:
+def _preprocess(path: Path, stated: str | None, runner: Runner) -> Preprocess | None:
     if path.is_dir() and stated is None:
         carried = bundle.preprocess_of(bundle.read_manifest(path))
         if carried is not None:
@@ -89,13 +88,8 @@ def to_json(path: Path, against: Path | None, result: Fidelity) -> dict[str, obj
     """Return the document that `eval --json` prints: one entry a condition."""
     from .report import serial
 
-    conditions = {"clean": serial.to_json(result)}
-    return json.loads(
-        json.dumps(
-            {
-                "model": str(path),
-                "against": None if against is None else str(against),
-                "conditions": conditions,
-            }
-        )
-    )
+    return {
+        "model": str(path),
+        "against": None if against is None else str(against),
+        "conditions": {"clean": serial.plain(result)},
+    }

@@ -68,6 +68,8 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     target, why = _target(url, profile, backend)
     specs = model_io.input_specs(model)
     pre = images = judged = None
+    if (options.calib or options.eval) and not specs:
+        raise DataError("the model has no input", where=str(path), fix="leave --calib and --eval out")
     if options.calib or options.eval:
         pre = preprocessing.resolve(options.preprocess, path, specs[0])
     if options.calib:

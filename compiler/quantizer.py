@@ -24,7 +24,7 @@ from . import fidelity, pipeline
 from . import model as model_io
 from .layers import LINEAR
 from .sensitivity import LayerError, layer_errors
-from .types import OpSupport, PassRecord, Progress, QuantScheme, Range, TensorStatistics
+from .types import Fidelity, OpSupport, PassRecord, Progress, QuantScheme, Range, TensorStatistics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,7 +138,7 @@ def closest(quantizers: list[Quantizer], images: Folder, threads: int, progress:
     return max(quantizers, key=lambda q: _worst_db(found[q.method]))
 
 
-def _worst_db(found: fidelity.Fidelity) -> float:
+def _worst_db(found: Fidelity) -> float:
     return min((math.inf if o.sqnr_db is None else o.sqnr_db for o in found.outputs), default=0.0)
 
 

@@ -1,5 +1,4 @@
 import numpy as np
-
 from edgec.compiler.boxes import iou, match, suppress
 
 

@@ -142,8 +142,8 @@ def test_the_model_is_not_changed(tmp_path):
 
 
 def test_threads_change_nothing_and_seeds_only_samples(tmp_path):
-    model = parse(NET)
-    arrays(tmp_path, 40)
+    model = parse(NET.replace("12", "40"))  # large enough for a part of the input to be picked
+    arrays(tmp_path, 40, (3, 40, 40))
     data = opened(tmp_path, model)
     one, four = (collect(model, TENSORS, data, histogram=True, batch=2, threads=n) for n in (1, 4))
     other = collect(model, TENSORS, data, histogram=True, batch=2, threads=1, seed=1)

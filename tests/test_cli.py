@@ -24,7 +24,8 @@ def test_nothing_heavy_is_imported_for_help():
     import subprocess
     import sys
 
-    code = "import sys, edgec.cli; print([m for m in ('numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'rich') if m in sys.modules])"
+    heavy = ("numpy", "onnx", "onnx_ir", "onnxruntime", "rich")
+    code = f"import sys, edgec.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -87,10 +88,8 @@ def test_the_same_compile_twice_gives_the_same_file(tiny, tmp_path, edgec):
 
 
 def test_labels_are_used_where_given(tiny, tmp_path, edgec):
-    done = edgec(
-        "compile", tiny / "model.onnx", "-o", tmp_path / "out", "--calib", tiny / "images", "--eval", tiny / "images", "--json"
-    )  # fmt: skip
-    report = document(done)
+    args = ("--calib", tiny / "images", "--eval", tiny / "images", "--json")
+    report = document(edgec("compile", tiny / "model.onnx", "-o", tmp_path / "out", *args))
     assert report["fidelity"]["metric"] == "top1"
     assert report["fidelity"]["images"] == 80
     assert report["calibration"]["held_out"] == 0

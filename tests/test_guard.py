@@ -1,7 +1,6 @@
 """The guard: what the user names is obeyed; auto never takes what is slower or worse."""
 
 import pytest
-
 from edgec.compiler.guard import choose
 from edgec.compiler.types import Attempt, Budget, Fidelity, Measurement
 

@@ -1,5 +1,4 @@
 import pytest
-
 from edgec.compiler.errors import UserError
 from edgec.compiler.options import parse_bytes, parse_milliseconds, parse_points
 

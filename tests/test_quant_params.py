@@ -2,9 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from edgec.compiler.types import Range
 from edgec.passes.quant_params import (
     SMALLEST_SCALE,
@@ -14,6 +11,8 @@ from edgec.passes.quant_params import (
     quantize_weight,
     weight_scales,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def test_asymmetric_by_hand():

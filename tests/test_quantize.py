@@ -7,7 +7,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-
 from edgec.backends import ort as ort_backend
 from edgec.backends import tensorrt
 from edgec.compiler.types import Range

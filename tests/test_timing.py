@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-
 from edgec.backends.targets.timing import interleave, median_interval, summarise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,7 +28,7 @@ class LocalTarget:
         progress: Progress = silent,
     ) -> dict[str, Measurement]:
         """Time the runners on the same input, interleaved; `baseline` names the one to compare with."""
-        calls = {name: (lambda run=runner.run: run(feed)) for name, runner in runners.items()}
+        calls = {name: functools.partial(runner.run, feed) for name, runner in runners.items()}
         samples = timing.interleave(calls, seconds=seconds, progress=progress)
         batch = next((a.shape[0] for a in feed.values() if a.ndim), 1)
         return timing.summarise(
