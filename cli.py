@@ -117,7 +117,9 @@ def compile(
     as_json: bool,
     **rest: Any,
 ) -> None:
-    """Compile MODEL (.onnx) into a bundle: the fastest artifact that still does its job, and its report.
+    """Compile MODEL into a bundle with its report.
+
+    The bundle holds the fastest artifact that still does its job on the device.
 
     \b
     Without --calib only exact passes run. With it, INT8 is tried, judged on held-out images, and kept if it is
@@ -152,7 +154,10 @@ def compile(
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
 def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
-    """Find the range of each tensor of MODEL on a folder of IMAGES; compile --ranges takes the result."""
+    """Find tensor ranges on a folder of images.
+
+    Writes what compile --ranges takes: the range of each tensor of MODEL that quantization asks for.
+    """
     from .compiler import api
 
     with _progress() as progress:
@@ -174,7 +179,10 @@ def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def evaluate(model: Path, images: Path, against: Path | None, as_json: bool, **rest: Any) -> None:
-    """Judge a bundle or a model on IMAGES: by labels where the sub-folders are classes, else beside the original."""
+    """Judge a bundle or a model on images.
+
+    By labels where the sub-folders of IMAGES are classes, else beside the original.
+    """
     from .compiler import api, evaluation
 
     with _progress() as progress:
@@ -212,13 +220,19 @@ def inspect(path: Path, against: Path | None, layers: bool, why: bool, html: Pat
 @cli.command()
 @click.argument("model", type=_FILE, metavar="BUNDLE|MODEL")
 @click.option("--against", type=_FILE, metavar="MODEL", help="The baseline, measured interleaved.")
+@click.option(
+    "--device", default="local", show_default=True, help="What a plain MODEL runs on: the CPU, or a GPU here."
+)
 @click.option("--target", default="local", show_default=True, help="Where to measure.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
 @click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="How long to measure.")
 @click.option("--profile", is_flag=True, help="Time per operator as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def bench(model: Path, profile: bool, as_json: bool, **rest: Any) -> None:
-    """Measure the latency of a bundle or a model on this machine: median, 95 % interval, p90, p99."""
+    """Measure latency on this machine.
+
+    Median with its 95 % interval, p90 and p99, interleaved with the baseline where there is one.
+    """
     from .compiler import api, show
 
     with _progress() as progress:
@@ -229,7 +243,10 @@ def bench(model: Path, profile: bool, as_json: bool, **rest: Any) -> None:
 @cli.command()
 @click.argument("name", required=False)
 def devices(name: str | None) -> None:
-    """List the devices, or show the profile of NAME, each number with its source."""
+    """List the devices, or show one.
+
+    With NAME: its profile, each number with its source.
+    """
     from .compiler import devices as table
     from .compiler.report import terminal
 
@@ -242,7 +259,7 @@ def devices(name: str | None) -> None:
 @cli.command()
 @click.option("--target", default="local", show_default=True, help="What to examine.")
 def doctor(target: str) -> None:
-    """Say what this machine has, what is missing, and how to get it."""
+    """Say what this machine has and lacks."""
     from .compiler import doctor as examiner
     from .compiler.errors import UnavailableError
     from .compiler.report import terminal

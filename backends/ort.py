@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..compiler.errors import ModelError, UserError
+from ..compiler.errors import ModelError, UnavailableError, UserError
 from ..compiler.types import Artifact, DeviceProfile, InputSpec, OpSupport, QuantScheme, Refusal
 
 if TYPE_CHECKING:
@@ -84,6 +84,9 @@ SUPPORTS: tuple[OpSupport, ...] = (
 )
 
 
+_CPU = ("CPUExecutionProvider",)
+
+
 class OnnxRuntime:
     """ONNX Runtime on this machine: the CPU provider, or CUDA where the package and the GPU are there."""
 
@@ -108,11 +111,19 @@ class OnnxRuntime:
 
     def lower(self, model: Path, profile: DeviceProfile, precision: str) -> Artifact:
         """Return the ONNX file itself: that is what ONNX Runtime runs."""
-        return Artifact(self.name, precision, model.parent, model.name)
+        gpu = ("CUDAExecutionProvider",) if profile.kind == "gpu" else ()
+        return Artifact(self.name, precision, model.parent, model.name, (*gpu, "CPUExecutionProvider"))
 
     def open(self, artifact: Artifact, threads: int) -> Session:
-        """Open the artifact with all of ONNX Runtime's optimisations."""
-        return Session(artifact.folder / artifact.model, threads=threads, providers=_providers())
+        """Open the artifact with all optimisations. UnavailableError where a provider is missing."""
+        import onnxruntime as ort
+
+        missing = [p for p in artifact.providers if p not in ort.get_available_providers()]
+        if missing:
+            raise UnavailableError(
+                f"this onnxruntime has no {missing[0]}", where="backend ort", fix="pip install onnxruntime-gpu"
+            )
+        return Session(artifact.folder / artifact.model, threads=threads, providers=artifact.providers or _CPU)
 
 
 class Session:
@@ -128,7 +139,7 @@ class Session:
         *,
         threads: int = 0,
         optimise: bool = True,
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        providers: tuple[str, ...] = _CPU,
     ) -> None:
         import onnxruntime as ort
 
@@ -196,14 +207,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _providers() -> tuple[str, ...]:
-    """Return CUDA before the CPU where this onnxruntime has it."""
-    import onnxruntime as ort
-
-    available = ort.get_available_providers()
-    return tuple(p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available)
-
-
 @dataclass(frozen=True)
 class OperatorTime:
     """Time of one operator kind in one call: the sum over its nodes, the mean over the runs."""
@@ -229,7 +232,7 @@ def profile(model: Path, threads: int, runs: int = 50) -> list[OperatorTime]:
     options.enable_profiling = True
     with TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = ort.InferenceSession(str(model), options, providers=list(_providers()))
+        session = ort.InferenceSession(str(model), options, providers=list(_CPU))
         feed = sample_inputs(_inputs(session), seed=0)
         for _ in range(runs):
             session.run(None, feed)

@@ -140,6 +140,7 @@ def bench(
     model: PathLike,
     *,
     against: PathLike | None = None,
+    device: str = "local",
     target: str = "local",
     threads: int = 0,
     seconds: float = 4.0,
@@ -163,9 +164,9 @@ def bench(
     path, count = Path(model), threads or device_table.usable_cores()
     carried = path / bundles.BASELINE
     other = _path(against) or (carried if carried.is_file() else None)
-    runners = {path.name: evaluation.open_any(path, count)}
+    runners = {path.name: evaluation.open_any(path, count, device=device)}
     if other is not None:
-        runners[f"{other.name} (baseline)"] = evaluation.open_any(other, count)
+        runners[f"{other.name} (baseline)"] = evaluation.open_any(other, count, device=device)
     baseline = list(runners)[-1]
     feed = model_io.sample_inputs(runners[path.name].inputs, seed=0)
     measured = LocalTarget().measure(

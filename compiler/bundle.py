@@ -55,6 +55,7 @@ def write(folder: Path, artifact: Artifact, report: Report, source: Path) -> Non
         "precision": artifact.precision,
         "device": report.device.name,
         "model": artifact.model,
+        "providers": artifact.providers,
         "source_path": {"path": str(source.resolve()), "sha256": digest(source)},
         "preprocess": None if report.preprocess is None else asdict(report.preprocess),
         "threads": report.result.threads,
@@ -96,7 +97,7 @@ def artifact_of(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
     path = folder / name
     if not path.is_file() or digest(path) != manifest["files"].get(name):
         raise ModelError("missing or changed since the bundle was written", where=str(path), fix="compile again")
-    return Artifact(manifest["backend"], manifest["precision"], folder, name)
+    return Artifact(manifest["backend"], manifest["precision"], folder, name, tuple(manifest["providers"]))
 
 
 def open_bundle(path: str | Path, threads: int = 0) -> Bundle:

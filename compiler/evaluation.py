@@ -9,7 +9,7 @@ from ..backends import base as backends
 from ..backends.ort import Session
 from ..calib import folder as folders
 from ..calib import preprocess as preprocessing
-from . import bundle, fidelity
+from . import bundle, devices, fidelity
 from . import model as model_io
 from .errors import DataError
 from .metrics import load_metric
@@ -56,14 +56,20 @@ def evaluate(
     return result["result"]
 
 
-def open_any(path: Path, threads: int, *, optimise: bool = True) -> Runner:
-    """Open a bundle or an ONNX file on this machine. The errors of model.load, bundle.open_bundle, Session."""
+def open_any(path: Path, threads: int, *, optimise: bool = True, device: str = "local") -> Runner:
+    """Open a bundle, or an ONNX file in ONNX Runtime as on `device`, on this machine.
+
+    Raises the errors of model.load, bundle.open_bundle and Session.
+    """
     if path.is_dir():
         manifest = bundle.read_manifest(path)
         artifact: Artifact = bundle.artifact_of(path, manifest)
         return backends.load(artifact.backend).open(artifact, threads)
     model_io.load(path)  # its faults are explained better than ONNX Runtime explains them
-    return Session(path, threads=threads, optimise=optimise)
+    if not optimise:
+        return Session(path, threads=threads, optimise=False)
+    runtime = backends.load("ort")
+    return runtime.open(runtime.lower(path, devices.find(device), "as given"), threads)
 
 
 def _source(path: Path) -> Path | None:

@@ -296,13 +296,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a backend made of a graph: files (relative to `folder`), to be opened by that backend."""
+    """What a backend made of a graph: `model` is a file in `folder`, to be opened by that backend.
+
+    `providers` are the execution providers that ONNX Runtime shall use, in order; empty for other backends.
+    """
 
     backend: str
     precision: str
     folder: Path
     model: str
-    files: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
