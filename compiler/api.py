@@ -9,9 +9,9 @@ from . import bundle as bundles
 from . import devices as device_table
 from .bundle import Bundle, open_bundle
 from .errors import UnavailableError
-from .inspection import Inspection, inspect
+from .inspection import inspect
 from .options import Options
-from .types import Budget, DeviceProfile, Fidelity, Measurement, Progress, Range, Report, silent
+from .types import Budget, DeviceProfile, Fidelity, Inspection, Measurement, Progress, Range, Report, silent
 
 __all__ = [
     "Bundle",

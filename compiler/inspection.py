@@ -4,28 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
-from .types import InputSpec, Layer, Report
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """An ONNX file at a glance. `macs` counts one image; None where a shape is unknown."""
-
-    path: str
-    size_bytes: int
-    ir_version: int
-    opset: int
-    inputs: tuple[InputSpec, ...]
-    outputs: tuple[str, ...]
-    operators: Mapping[str, int]
-    parameters: int
-    macs: int | None
-    layers: tuple[Layer, ...]
+from .types import Inspection, Report
 
 
 def inspect(path: str | Path) -> Report | Inspection:

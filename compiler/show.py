@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from . import files
 from .errors import DataError
-from .inspection import Inspection
 from .report import serial, terminal
-from .types import Measurement, Report
+from .types import Inspection, Measurement, Report
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -295,6 +295,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """An ONNX file at a glance. `macs` counts one image; None where a shape is unknown."""
+
+    path: str
+    size_bytes: int
+    ir_version: int
+    opset: int
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    operators: Mapping[str, int]
+    parameters: int
+    macs: int | None
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What a backend made of a graph: `model` is a file in `folder`, to be opened by that backend.
 

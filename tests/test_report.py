@@ -18,7 +18,6 @@ import pytest
 from edgec.backends.ort import OperatorTime
 from edgec.compiler.doctor import Finding
 from edgec.compiler.errors import UserError
-from edgec.compiler.inspection import Inspection
 from edgec.compiler.report import charts, html, serial, terminal, text
 from edgec.compiler.report.style import CSS
 from edgec.compiler.types import (
@@ -30,6 +29,7 @@ from edgec.compiler.types import (
     Fact,
     Fidelity,
     InputSpec,
+    Inspection,
     Layer,
     Measurement,
     OutputFidelity,

@@ -9,8 +9,7 @@ from . import text
 from .tables import floats, in_integers
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection
-    from ..types import DeviceProfile, Report
+    from ..types import DeviceProfile, Inspection, Report
 
 Facts = tuple[tuple[str, str], ...]
 

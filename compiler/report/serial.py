@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..types import Report
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection
+    from ..types import Inspection
 
 #: Raised only when old readers would misunderstand the data.
 SCHEMA = 1

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from ...backends.ort import OperatorTime
     from ..doctor import Finding
-    from ..inspection import Inspection
-    from ..types import DeviceProfile, Fidelity, Measurement, Report
+    from ..types import DeviceProfile, Fidelity, Inspection, Measurement, Report
 
 #: How many nodes of each rule are named without --why.
 NAMED = 2
