@@ -92,9 +92,9 @@ def _compile(
     measured, judged = _measure(this, candidates), _judge(this, candidates)
     if found.quantizer is not None and _should_widen(this, candidates, measured, judged):
         more = _widen(found.quantizer, work)
-        measured = {**_measure(this, [baseline, *more]), **measured}
-        judged |= _judge(this, more)
         candidates += more
+        judged |= _judge(this, more)
+        measured = _measure(this, [c for c in candidates if c not in more or not _loses(this, judged[c.name])])
     named = None if options.precision == "auto" else options.precision
     attempts = guard.choose([_attempt(c, measured, judged) for c in candidates], options.budget, named=named)
     chosen, attempt = next((c, a) for c, a in zip(candidates, attempts, strict=True) if a.chosen)
@@ -213,20 +213,18 @@ def _with_float_edges(this: Job, quantizer: Quantizer) -> Quantizer:
 
 
 def _should_widen(
-    this: Job,
-    candidates: Sequence[Candidate],
-    measured: Mapping[str, Measurement],
-    judged: Mapping[str, Fidelity],
+    this: Job, candidates: Sequence[Candidate], measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]
 ) -> bool:
-    """Step back only where it can help: the budget is broken, matters, and integers are faster at all."""
+    """Step back only where it can help: the budget is broken, and matters, and integers are faster to begin with."""
     if this.options.precision == "int8" and not this.options.budget.drop_stated:
         return False
     attempt = _attempt(candidates[-1], measured, judged)
-    slower = attempt.measurement.speedup is not None and attempt.measurement.speedup <= 1
-    drop = attempt.fidelity.drop if attempt.fidelity else None
-    return (
-        drop is not None and drop > this.options.budget.max_drop and not (slower and this.options.precision == "auto")
-    )
+    pays = guard.shown_faster(attempt) or attempt.measurement.median_ms is None or this.options.precision == "int8"
+    return pays and attempt.fidelity is not None and _loses(this, attempt.fidelity)
+
+
+def _loses(this: Job, found: Fidelity) -> bool:
+    return found.drop is not None and found.drop > this.options.budget.max_drop
 
 
 def _widen(quantizer: Quantizer, work: Path) -> list[Candidate]:
@@ -282,7 +280,9 @@ def _judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
 
 
 def _attempt(c: Candidate, measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]) -> Attempt:
-    return Attempt(c.name, c.precision, measured[c.name], judged.get(c.name), model_io.size_bytes(c.path), False, "")
+    left_out = Measurement(c.name, "none", None, reason="it is outside the quality budget")
+    measurement = measured.get(c.name, left_out)
+    return Attempt(c.name, c.precision, measurement, judged.get(c.name), model_io.size_bytes(c.path), False, "")
 
 
 # ------------------------------------------------------------------------------------------ reporting

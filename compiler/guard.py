@@ -54,13 +54,14 @@ def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None]) -> int
         return 0
     if attempts[0].measurement.median_ms is None:
         return inside[-1] if 0 not in inside or len(inside) == 1 else next(i for i in inside if i != 0)
-    faster = [i for i in inside if i and _shown_faster(attempts[i])]
+    faster = [i for i in inside if i and shown_faster(attempts[i])]
     if faster:
-        return min(faster, key=lambda i: attempts[i].measurement.median_ms or float("inf"))
+        return max(faster, key=lambda i: attempts[i].measurement.speedup or 0.0)  # paired: medians drift apart
     return 0 if 0 in inside else inside[0]
 
 
-def _shown_faster(attempt: Attempt) -> bool:
+def shown_faster(attempt: Attempt) -> bool:
+    """Say whether the whole 95 % interval of the speed-up over the baseline lies above 1."""
     low = attempt.measurement.speedup_low
     return low is not None and low > 1.0
 
@@ -76,7 +77,7 @@ def _verdict(attempt: Attempt, problem: str | None, chosen: bool, named: str | N
         return "inside the budget"
     return (
         "inside the budget, but slower than the chosen one"
-        if _shown_faster(attempt)
+        if shown_faster(attempt)
         else "not shown to be faster than FP32"
     )
 

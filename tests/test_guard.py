@@ -74,3 +74,8 @@ def test_unmeasured_and_outside_the_budget_falls_back():
     bad = Fidelity("top1", 100, 90.0, 80.0, 10.0, 9.0, 11.0)
     attempts = [Attempt("fp32", "fp32", none, None, 10, False, ""), Attempt("int8", "int8", none, bad, 5, False, "")]
     assert chosen(attempts) == "fp32"
+
+
+def test_what_was_not_measured_is_not_taken_over_what_was():
+    left_out = Attempt("int8, 1 in float", "int8", Measurement("x", "none", None, reason="-"), None, 10, False, "")
+    assert chosen([FP32, attempt("int8", "int8", 0.5, 2.0, drop=3.0), left_out]) == "fp32"
