@@ -147,16 +147,18 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # idle threads must not spin on while another session is being timed
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         data = source if isinstance(source, bytes) else str(source)
+        self._name = "the model" if isinstance(source, bytes) else str(source)
         try:
             self._session = ort.InferenceSession(data, options, providers=list(providers))
         except _refusals() as error:
-            where = "the model" if isinstance(source, bytes) else str(source)
             raise ModelError(
                 f"ONNX Runtime cannot run it: {_first_line(error)}",
-                where=where,
+                where=self._name,
                 fix="check that the model runs in onnxruntime as it is; custom operators are not supported",
             ) from error
         self.inputs = _inputs(self._session)
@@ -164,8 +166,16 @@ class Session:
         self.provider = self._session.get_providers()[0]
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once and return the outputs by name."""
-        return dict(zip(self.outputs, self._session.run(None, dict(feed)), strict=True))
+        """Run once and return the outputs by name. ModelError where the model fails on this input."""
+        try:
+            values = self._session.run(None, dict(feed))
+        except (*_refusals(), ValueError) as error:  # onnxruntime's own check of names raises ValueError
+            raise ModelError(
+                f"it fails on this input: {_first_line(error)}",
+                where=self._name,
+                fix="check the inputs' names and shapes: edgec inspect MODEL",
+            ) from error
+        return dict(zip(self.outputs, values, strict=True))
 
 
 def _inputs(session: Any) -> tuple[InputSpec, ...]:
@@ -200,6 +210,7 @@ def _refusals() -> tuple[type[Exception], ...]:
         state.InvalidArgument,
         state.NotImplemented,
         state.InvalidProtobuf,
+        state.RuntimeException,
     )
 
 

@@ -169,6 +169,7 @@ class _Sweep:
         """Wait for all runs, and hand on everything."""
         while self._running:
             self._take(*self._running.popleft())
+        self.pool.shutdown()
         self._settle()
 
     def _run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -311,9 +311,7 @@ def machine_arch() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
-def cpu_class(
-    profiles: Mapping[str, DeviceProfile], arch: str, features: Collection[str]
-) -> DeviceProfile | None:
+def cpu_class(profiles: Mapping[str, DeviceProfile], arch: str, features: Collection[str]) -> DeviceProfile | None:
     """Return the generic CPU profile of `arch` that needs the most of `features`, None if there is none."""
     fitting = [
         profile

@@ -127,9 +127,7 @@ def _extents(proto: onnx.ModelProto, path: Path) -> Iterator[tuple[model_checks.
             what = f"{owner} needs {due} bytes of external data; {length} from offset {offset} are declared"
             raise _fault(what, path, _BESIDE)
         if offset + due > there:
-            what = (
-                f"{owner} ends at byte {offset + due} of {location!r}, but that file has only {there} bytes"
-            )
+            what = f"{owner} ends at byte {offset + due} of {location!r}, but that file has only {there} bytes"
             raise _fault(what, path, "the data file is cut short: copy, download or export it again")
         yield held, file, offset
 

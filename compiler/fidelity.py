@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from .boxes import match
+from .errors import DataError
 from .types import Fidelity, OutputFidelity, Progress, silent
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Batch(Protocol):
     feed: Mapping[str, np.ndarray]
     labels: np.ndarray | None
     count: int
+    rows: int
 
 
 def compare(
@@ -69,19 +71,34 @@ def compare(
     tallies = {name: _Tally(metric, labelled) for name in candidates}
     done = 0
     for batch in batches:
-        expected = _real(reference.run(batch.feed), batch.count)
+        expected = _real(reference.run(batch.feed), batch)
         for name, runner in candidates.items():
-            tallies[name].add(expected, _real(runner.run(batch.feed), batch.count), batch)
+            tallies[name].add(expected, _same_outputs(expected, _real(runner.run(batch.feed), batch)), batch)
         done += batch.count
         progress("comparing with the original", done, images)
     return {name: tally.fidelity(seed) for name, tally in tallies.items()}
 
 
-def _real(outputs: Outputs, count: int) -> dict[str, np.ndarray]:
-    """Drop the rows that only pad a fixed batch."""
-    return {
-        name: y[:count] if isinstance(y, np.ndarray) and y.ndim and len(y) > count else y for name, y in outputs.items()
-    }
+def _real(outputs: Outputs, batch: Batch) -> dict[str, np.ndarray]:
+    """Drop the rows that only pad a fixed batch; outputs without the batch axis are left as they are."""
+    def rows(y: np.ndarray) -> np.ndarray:
+        padded = isinstance(y, np.ndarray) and y.ndim > 0 and len(y) == batch.rows > batch.count
+        return y[: batch.count] if padded else y
+
+    return {name: rows(y) for name, y in outputs.items()}
+
+
+def _same_outputs(expected: Outputs, got: Outputs) -> Outputs:
+    """Return `got`. DataError where it is not comparable with `expected`."""
+    for name, y in expected.items():
+        if name not in got or np.shape(got[name]) != np.shape(y):
+            shape = np.shape(got[name]) if name in got else "missing"
+            raise DataError(
+                f"output {name!r} is {shape} in one model and {np.shape(y)} in the other",
+                where="--against",
+                fix="compare a model with the one that it was made from",
+            )
+    return got
 
 
 def classes(outputs: Outputs) -> str | None:
@@ -120,6 +137,7 @@ class _Tally:
             self.agree.append(y.argmax(1) == z.argmax(1))
             self.agreements.setdefault(primary, []).append(self.agree[-1])
             if self.labelled and batch.labels is not None:
+                _check_labels(batch.labels, y.shape[1])
                 self.right.append(np.stack([*_hits(y, batch.labels), *_hits(z, batch.labels)], axis=1))
         if self.metric is not None:
             rows = [
@@ -196,6 +214,15 @@ class _Tally:
         return Fidelity("energy", len(rows[worst]), 100.0, 100 - drop, drop, low, high, outputs)
 
 
+def _check_labels(labels: np.ndarray, classes: int) -> None:
+    if labels.max(initial=0) >= classes:
+        raise DataError(
+            f"there are class folders up to {labels.max()}, but the model has {classes} classes",
+            where="the labelled images",
+            fix="give one sub-folder for each class, or a flat folder to compare without labels",
+        )
+
+
 def _energies(y: np.ndarray, z: np.ndarray, count: int) -> np.ndarray:
     """Return (count, 4) sums an image: y^2, (y - z)^2, y z, z^2. One row for all where there is no batch."""
     rows = count if y.ndim and len(y) == count else 1
@@ -215,13 +242,21 @@ def _row(outputs: Outputs, i: int, count: int) -> dict[str, np.ndarray]:
 
 
 def _judge_image(metric: Metric, got: Outputs, expected: Outputs) -> tuple[float, float]:
-    """Return (numerator, denominator): 2 tp and 2 tp + fp + fn for boxes, (score, 1) for a score."""
-    if metric.decode is not None:
-        ours, theirs = metric.decode(got), metric.decode(expected)
-        hits = match(ours, theirs)
-        return 2.0 * hits, float(len(ours) + len(theirs))
-    assert metric.score is not None
-    return float(metric.score(got, expected)), 1.0
+    """Return (numerator, denominator): 2 tp and 2 tp + fp + fn for boxes, (score, 1) for a score.
+
+    DataError where the user's function fails or returns something else.
+    """
+    try:
+        if metric.decode is not None:
+            ours, theirs = (np.asarray(metric.decode(o), dtype=np.float64).reshape(-1, 6) for o in (got, expected))
+            return 2.0 * match(ours, theirs), float(len(ours) + len(theirs))
+        assert metric.score is not None
+        score = float(metric.score(got, expected))
+    except Exception as error:  # whatever a stranger's code raises is its own fault, and named as such
+        raise DataError(f"{type(error).__name__}: {error}", where="--metric", fix="mend the function") from error
+    if not 0.0 <= score <= 1.0:
+        raise DataError(f"it returned {score}", where="--metric", fix="return a score from 0 to 1")
+    return score, 1.0
 
 
 def _bootstrap(

@@ -79,9 +79,7 @@ def _modernise(model: ir.Model) -> None:
             imports[""] = imports.pop("ai.onnx")
     if any(node.domain == "com.microsoft" for node in model.graph.all_nodes()):
         model.opset_imports.setdefault("com.microsoft", 1)  # onnxruntime can do without the import
-    if (
-        model.ir_version < 4
-    ):  # from then on an initializer among the inputs is a default that callers may override
+    if model.ir_version < 4:  # from then on an initializer among the inputs is a default that callers may override
         constants = [value for value in model.graph.inputs if value.is_initializer()]
         for value in constants:
             model.graph.inputs.remove(value)
@@ -218,9 +216,7 @@ def output_names(model: ir.Model) -> tuple[str, ...]:
 def _input_spec(value: ir.Value) -> InputSpec:
     where = f"input {value.name!r}"
     if not isinstance(value.type, ir.TensorType):
-        raise ModelError(
-            f"is no tensor but {value.type}", where=where, fix="export a model that takes tensors"
-        )
+        raise ModelError(f"is no tensor but {value.type}", where=where, fix="export a model that takes tensors")
     if value.shape is None:
         fix = "export the model with an input shape; single dimensions may be dynamic"
         raise ModelError("has no shape, not even a number of dimensions", where=where, fix=fix)

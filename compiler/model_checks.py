@@ -156,13 +156,9 @@ def newest_opset() -> int:
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", [value], [output])
     for version in range(onnx.defs.onnx_opset_version(), SAFE_OPSET, -1):
-        model = onnx.helper.make_model_gen_version(
-            graph, opset_imports=[onnx.helper.make_opsetid("", version)]
-        )
+        model = onnx.helper.make_model_gen_version(graph, opset_imports=[onnx.helper.make_opsetid("", version)])
         try:
-            onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except (faults.Fail, faults.InvalidGraph, faults.NotImplemented):
             continue
         return version
@@ -178,9 +174,7 @@ def _names(proto: onnx.ModelProto) -> Fault | None:
         what = "has no outputs, so there is nothing to compute"
         return Fault(what, "export it again; if it is not damaged, name the outputs to keep")
     if any(c.sparse_initializer for c in containers(proto) if isinstance(c, onnx.GraphProto)):
-        return Fault(
-            "holds sparse initializers, which are not supported", "export the weights as dense tensors"
-        )
+        return Fault("holds sparse initializers, which are not supported", "export the weights as dense tensors")
     outermost: tuple[Container, ...] = (proto.graph, *proto.functions)
     return next((fault for c in outermost if (fault := _scope(c, frozenset()))), None)
 

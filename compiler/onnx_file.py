@@ -89,13 +89,7 @@ def _not_onnx(head: bytes, path: Path) -> ModelError:
             return ModelError(f"is no ONNX file: it is {kind}", where=str(path), fix=fix)
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
         what = "is no ONNX file: it is text"
-        return ModelError(
-            what, where=str(path), fix="name the .onnx file; a web page means that a download failed"
-        )
+        return ModelError(what, where=str(path), fix="name the .onnx file; a web page means that a download failed")
     begins_well = head[:1] == b"\x08"  # the tag of the IR version, which comes first in every ONNX file
-    kind = (
-        "begins like ONNX, but is cut short or damaged"
-        if begins_well
-        else "is no ONNX file, or a damaged one"
-    )
+    kind = "begins like ONNX, but is cut short or damaged" if begins_well else "is no ONNX file, or a damaged one"
     return ModelError(kind, where=str(path), fix=GET_AGAIN)

@@ -59,6 +59,7 @@ def layer_errors(
         return {}
     sums = np.zeros((len(layers), 2), dtype=np.float64)
     shifts: dict[str, np.ndarray] = {}
+    rows: dict[str, int] = {}
     done = 0
     with TemporaryDirectory() as folder:
         session = Session(model_io.session_source(twin, Path(folder)), threads=threads)
@@ -67,8 +68,8 @@ def layer_errors(
             sums += np.array([[out[f"{name}::signal"], out[f"{name}::error"]] for name in layers], dtype=np.float64)
             for name, y in out.items():
                 if name.endswith("::shift"):
-                    mean = y[: batch.count].reshape(batch.count, -1).astype(np.float64).sum(0)
-                    shifts[name] = shifts.get(name, 0.0) + mean
+                    shifts[name] = shifts.get(name, 0.0) + y.reshape(len(y), -1).astype(np.float64).sum(0)
+                    rows[name] = rows.get(name, 0) + len(y)  # not the images: a Reshape may have made more rows
             done += batch.count
             progress("judging the layers", done, images)
     signal, error = sums.T
@@ -76,7 +77,7 @@ def layer_errors(
     found = {}
     for name, db in zip(layers, decibels, strict=True):
         shift = shifts.get(f"{name}::shift")
-        found[name] = LayerError(float(db), None if shift is None else shift / max(done, 1))
+        found[name] = LayerError(float(db), None if shift is None else shift / rows[f"{name}::shift"])
     return found
 
 

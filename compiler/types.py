@@ -108,9 +108,9 @@ class Range:
 class TensorStatistics:
     """What one sweep over the images leaves of a tensor; its size does not depend on the number of images.
 
-    `min` and `max` are exact over all elements of all images. `histogram` (int64, 1-D, None when only
-    min and max were asked for) counts a fixed random subset of the elements, in equal bins over
-    [`low`, `high`]. `images` is how many images were seen.
+    `min` and `max` are exact over all elements of all images; `min` is given as 0 where no element can be negative.
+    `histogram` (int64, 1-D, None when only min and max were asked for) estimates the counts of all elements from a
+    random subset of them, in equal bins over [`low`, `high`]. `images` is how many images were seen.
     """
 
     min: float

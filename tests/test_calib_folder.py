@@ -156,6 +156,14 @@ def test_split_is_seeded_disjoint_and_stratified(tmp_path):
     assert names(held) == sorted(names(held)) and calibration.notes == ()
 
 
+def test_held_out_numbers_hold_where_shares_are_no_integers(tmp_path):
+    for c, count in (("a", 34), ("b", 33), ("c", 33)):
+        numbered(tmp_path / c, count)
+    calibration, held = open_folder(tmp_path, PRE, (SPEC,)).split(seed=0)
+    assert len(held) == 32 and sorted(np.bincount(held.labels())) == [10, 11, 11]
+    assert len(calibration) == 68
+
+
 @pytest.mark.parametrize(("count", "held"), [(2, 1), (3, 1), (10, 5), (63, 31), (100, 32), (300, 60)])
 def test_held_out_share(tmp_path, count, held):
     data = open_folder(numbered(tmp_path, count), PRE, (SPEC,))
@@ -204,11 +212,11 @@ def test_batches_in_order_and_short_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_fixed_batch_is_padded_with_the_last_image(tmp_path, pad):
-    spec = InputSpec("x", "float32", (2 if not pad else None, 3, 4, 4))
-    data = open_folder(numbered(tmp_path, 3), PRE, (spec,))
-    last = list(data.batches(2 if pad else 5, pad=pad))[-1]
-    assert (last.count, last.rows, len(last.names)) == (1, 2, 1)
-    assert last.feed["x"][:, 0, 0, 0].tolist() == [2, 2]
+    spec = InputSpec("x", "float32", (4 if not pad else None, 3, 4, 4))
+    data = open_folder(numbered(tmp_path, 6), PRE, (spec,))
+    last = list(data.batches(4 if pad else 5, pad=pad))[-1]
+    assert (last.count, last.rows, len(last.names)) == (2, 4, 2)
+    assert last.feed["x"][:, 0, 0, 0].tolist() == [4, 5, 5, 5]
 
 
 def test_a_skipped_image_leaves_no_hole(tmp_path):

@@ -309,6 +309,31 @@ def test_nothing_is_looked_at_twice(tmp_path):
     assert [o.name for o in built.model.graph.outputs] == [augment.STATISTICS]
 
 
+def test_observers_stand_from_the_last_tensor_to_the_first():
+    # this is what makes ONNX Runtime run each of them right behind its tensor (augment.py's head)
+    model = parse(NET)
+    built = augment.augment(model, ("c1", "d", "a", "y"), {"x": (2, 3, 12, 12)}, 2, 64)
+    order = [n.inputs[0].name for n in built.model.graph if n.op_type == "ReduceMax"]
+    assert order == ["a", "d", "c1"]
+
+
+def test_a_concat_is_sampled_in_proportion_and_all_over(tmp_path):
+    text = """g (float[N,8,16,16] x) => (float[N,32,16,16] y) <float[8,1,1] p, float[24,1,1] q> {
+        z = Sub (x, x)  a = Add (z, p)  w = Concat <axis = 1> (z, z, z)  b = Add (w, q)
+        j = Concat <axis = 1> (a, b)  y = Neg (j) }"""
+    weights = {"p": 100 + np.arange(8.0), "q": 200 + np.arange(24.0)}
+    model = parse(text, {name: array.reshape(-1, 1, 1) for name, array in weights.items()})
+    arrays(tmp_path, 300, (8, 16, 16))
+    found = collect(model, ("a", "b", "j"), opened(tmp_path, model), histogram=True)["j"]
+    centres = found.low + (np.arange(BINS) + 0.5) * (found.high - found.low) / BINS
+    share = found.histogram / found.histogram.sum()
+    # each channel is a constant of its own: 1 of 4 elements from a, and all channels alike
+    assert share[centres < 150].sum() == pytest.approx(0.25, abs=0.02)
+    assert (share * centres).sum() == pytest.approx(0.25 * 103.5 + 0.75 * 211.5, abs=3)
+    first_half = share[(centres > 199) & (centres < 211.5)].sum()
+    assert first_half == pytest.approx(0.375, abs=0.03)
+
+
 def test_nonnegative():
     model = parse("""g (float[N,4] x) => (float[N,4] y) <float lo, float hi> {
         r = Relu (x)  s = Sigmoid (x)  a = Add (r, s)  b = Add (r, x)  c = Clip (x, lo, hi)  n = Neg (r)
@@ -325,6 +350,7 @@ def test_nonnegative():
         (13, "kernel_shape = [2,2], strides = [2,2]", False),
         (13, "kernel_shape = [2,2], strides = [2,2], ceil_mode = 1", True),
         (12, "kernel_shape = [1,1], strides = [2,2]", False),
+        (11, "kernel_shape = [2,2], strides = [3,3]", False),
         (12, "kernel_shape = [3,3], dilations = [2,2]", False),
         (12, 'kernel_shape = [2,2], strides = [2,2], auto_pad = "SAME_UPPER"', False),
     ],

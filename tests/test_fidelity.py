@@ -21,6 +21,7 @@ class Batch:
     feed: dict
     labels: np.ndarray | None
     count: int
+    rows: int = 4
 
 
 def batches(n, labels=None, last=4):

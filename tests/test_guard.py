@@ -1,5 +1,7 @@
 """The guard: what the user names is obeyed; auto never takes what is slower or worse."""
 
+from dataclasses import replace
+
 import pytest
 from edgec.compiler.guard import choose
 from edgec.compiler.types import Attempt, Budget, Fidelity, Measurement
@@ -32,7 +34,7 @@ def test_auto_never_takes_what_is_slower():
 
 
 def test_auto_wants_the_whole_interval_above_one():
-    assert chosen([FP32, attempt("int8", "int8", 0.97, 1.03)]) == "fp32"  # 0.98 to 1.08: not shown
+    assert chosen([FP32, attempt("int8", "int8", 0.97, 1.06)]) == "fp32"  # 1.01 to 1.11: not shown
 
 
 def test_auto_steps_back_when_quality_falls():
@@ -63,10 +65,20 @@ def test_latency_and_size_budgets(budget):
 
 
 def test_unmeasured_takes_the_integers_inside_the_budget():
-    attempts = [
-        Attempt(n, n, Measurement(n, "none", None, reason="not here"), None, 10, False, "") for n in ("fp32", "int8")
-    ]
+    none = Measurement("x", "none", None, reason="not here")
+    good = Fidelity("top1", 100, 90.0, 89.9, 0.1, 0.0, 0.2)
+    attempts = [Attempt(n, n, none, good, 10, False, "") for n in ("fp32", "int8")]
     assert chosen(attempts) == "int8"
+
+
+def test_auto_never_takes_what_was_not_judged():
+    attempts = [replace(FP32, fidelity=None), replace(attempt("int8", "int8", 0.5, 2.0), fidelity=None)]
+    assert chosen(attempts) == "fp32"
+    assert chosen(attempts, named="int8") == "int8"  # asked for: obeyed
+
+
+def test_nan_is_outside_every_budget():
+    assert chosen([FP32, attempt("int8", "int8", 0.5, 2.0, drop=float("nan"))]) == "fp32"
 
 
 def test_unmeasured_and_outside_the_budget_falls_back():

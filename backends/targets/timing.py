@@ -1,6 +1,7 @@
 """Interleaved latency measurement and its statistics.
 
-The candidates run in turn, A B C A B C …, in one process, so that a drift of the machine's speed hits all alike.
+The candidates run in turn in one process, so that a drift of the machine's speed hits all alike; the order is drawn
+anew each round, since whoever follows a large model pays for the caches that it left.
 Per candidate: median, p90, p99, and a 95 % interval of the median that assumes no distribution: with n ordered
 samples the interval lies between the ranks n/2 -+ 1.96 sqrt(n)/2 (binomial, normal approximation; see e.g.
 Le Boudec, Performance Evaluation of Computer and Communication Systems, 2010, ch. 2). The speed-up is the median of
@@ -37,6 +38,7 @@ def interleave(
     warm_up: float = 0.3,
     min_rounds: int = 50,
     max_rounds: int = 2000,
+    seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """Time the calls in turn and return their samples in milliseconds, round by round (equal lengths).
@@ -50,9 +52,11 @@ def interleave(
             call()
             runs += 1
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    names, rng = list(calls), np.random.default_rng(seed)
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() < end):
-        for name, call in calls.items():
+        for name in (names[i] for i in rng.permutation(len(names))):
+            call = calls[name]
             start = time.perf_counter()
             call()
             samples[name].append((time.perf_counter() - start) * 1e3)
