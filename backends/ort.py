@@ -169,7 +169,7 @@ class Session:
         """Run once and return the outputs by name. ModelError where the model fails on this input."""
         try:
             values = self._session.run(None, dict(feed))
-        except (*_refusals(), ValueError) as error:  # onnxruntime's own check of names raises ValueError
+        except _refusals(ValueError) as error:  # its own check of the inputs' names raises ValueError
             raise ModelError(
                 f"it fails on this input: {_first_line(error)}",
                 where=self._name,
@@ -200,11 +200,12 @@ _NUMPY = {
 }
 
 
-def _refusals() -> tuple[type[Exception], ...]:
+def _refusals(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """Return the exceptions by which onnxruntime refuses a model (they share no base class of their own)."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (
+        *more,
         state.Fail,
         state.InvalidGraph,
         state.InvalidArgument,

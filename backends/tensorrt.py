@@ -50,7 +50,7 @@ class TensorRT:
         """Return why no engine can be built here."""
         return UnavailableError(
             "building TensorRT engines is not in this version of edgec",
-            fix="leave --target out: the bundle then holds the ONNX that trtexec builds the engine from, on the device",
+            fix="the bundle's model.onnx is what trtexec builds the engine from, on the device",
         )
 
     def schemes(self, profile: DeviceProfile) -> Mapping[str, QuantScheme | str]:

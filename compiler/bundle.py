@@ -24,6 +24,7 @@ MODEL = "model.onnx"
 #: The float baseline, kept in bundles that were not measured here, so that `bench` can compare on the device.
 BASELINE = "baseline-fp32.onnx"
 FORMAT = 1
+_KEYS = {"backend", "precision", "model", "providers", "preprocess", "files"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ModelError(f"damaged: {error}", where=str(path), fix="compile again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= _KEYS:
         raise ModelError(
             "written by another version of edgec", where=str(path), fix="compile again, or use that version"
         )

@@ -12,7 +12,8 @@ from ..calib import ranges as calib_ranges
 from ..passes.placement import observed_tensors
 from . import devices, pipeline
 from . import model as model_io
-from .errors import DeviceError
+from .errors import DataError, DeviceError
+from .job import honest_specs
 from .proof import Prover
 from .quantizer import DEFAULT_METHOD, choose_ranges
 from .types import Progress, Range
@@ -37,7 +38,9 @@ def calibrate(
     if isinstance(scheme, str):
         raise DeviceError(scheme, where=f"--device {device}", fix="choose a device with INT8: edgec devices")
     original = model_io.load(path)
-    specs = model_io.input_specs(original)
+    specs = honest_specs(path, original)
+    if not specs:
+        raise DataError("the model has no input", where=str(path), fix="there is nothing to calibrate")
     pre = preprocessing.resolve(preprocess, path, specs[0])
     data = folder.open_folder(images, pre, specs)
     model, _ = pipeline.run(original, pipeline.exact_passes(for_integers=True), Prover(original))

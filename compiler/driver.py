@@ -121,8 +121,8 @@ def _compile(
         refusals=refusals,
         calibration=found.calibration,
         preprocess=this.preprocess,
-        warnings=wording.warnings(this),
-        advice=wording.advice(this, attempt),
+        warnings=(*filter(None, [found.why_not]), *wording.warnings(this)),
+        advice=wording.advice(this, attempts),
         versions=_versions(),
         machine=devices.local_profile().title,
         seconds=time.perf_counter() - start,
@@ -143,18 +143,24 @@ class _Found:
     calibration: CalibrationSummary | None = None
     quantizer: Quantizer | None = None
     candidates: tuple[Candidate, ...] = ()
+    why_not: str | None = None
 
 
 def _quantize(this: Job, model: ir.Model, work: Path) -> _Found:
     scheme = this.backend.schemes(this.profile)["int8"]
     if not job.wants_integers(this) or isinstance(scheme, str):
         return _Found()
+    if layers.is_quantized(model):
+        return _Found(why_not="the model holds quantized operators already: only exact passes ran")
     empty = Quantizer(model, this.backend.supports, scheme, {})
     if this.options.ranges is not None:
         calibration, quantizer = None, replace(empty, ranges=calib_ranges.from_json(this.options.ranges))
     else:
         calibration, quantizer = _calibrate(this, empty)
-    return _Found(calibration, quantizer, (_candidate("int8", quantizer.build(), work),))
+    quantized = quantizer.build()
+    if not quantized.record.modified:
+        return _Found(calibration, why_not="no node of the model can be quantized: only exact passes ran")
+    return _Found(calibration, quantizer, (_candidate("int8", quantized, work),))
 
 
 def _calibrate(this: Job, empty: Quantizer) -> tuple[CalibrationSummary, Quantizer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def evaluate(
     progress: Progress,
 ) -> Fidelity:
     """See api.evaluate. DataError where there is neither a reference nor a label to judge by."""
-    runner = open_any(path, threads)
+    runner = _judged(path, threads)
     pre = _preprocess(path, preprocess, runner)
     data = folders.open_folder(images, pre, runner.inputs)
     labelled = data.labels() is not None
@@ -53,7 +54,20 @@ def evaluate(
         seed=seed,
         progress=progress,
     )
-    return result["result"]
+    found = result["result"]
+    if other is None:  # by the labels alone: there is nothing to compare with
+        found = replace(
+            found, reference=None, reference_top5=None, drop=None, drop_low=None, drop_high=None, outputs=()
+        )
+    return found
+
+
+def _judged(path: Path, threads: int) -> Runner:
+    """Open a bundle's ONNX, or an ONNX file, to be judged: quality needs no device, so ONNX Runtime does it."""
+    if not path.is_dir():
+        return open_any(path, threads)
+    artifact = bundle.artifact_of(path, bundle.read_manifest(path))
+    return Session(artifact.folder / artifact.model, threads=threads)
 
 
 def open_any(path: Path, threads: int, *, optimise: bool = True, device: str = "local") -> Runner:

@@ -81,6 +81,7 @@ def compare(
 
 def _real(outputs: Outputs, batch: Batch) -> dict[str, np.ndarray]:
     """Drop the rows that only pad a fixed batch; outputs without the batch axis are left as they are."""
+
     def rows(y: np.ndarray) -> np.ndarray:
         padded = isinstance(y, np.ndarray) and y.ndim > 0 and len(y) == batch.rows > batch.count
         return y[: batch.count] if padded else y

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends import base as backends
+from ..backends.ort import Session
 from ..backends.targets.local import LocalTarget
 from ..calib import folder
 from ..calib import preprocess as preprocessing
 from . import devices, fidelity
 from . import model as model_io
-from .errors import DataError, UnavailableError, UserError
+from .errors import DataError, ModelError, UnavailableError, UserError
 from .metrics import load_metric
 from .options import PLANNED_PRECISIONS, PRECISIONS, Options
-from .types import DeviceProfile, Preprocess, Progress
+from .proof import LARGE
+from .types import DeviceProfile, InputSpec, Preprocess, Progress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,10 +65,17 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     Raises DeviceError, DataError, UserError (exit code 2) and UnavailableError (4), all before any work is done.
     """
     profile = devices.find(options.device)
-    url = options.target or ("local" if devices.is_this_machine(profile) else None)
+    here = devices.is_this_machine(profile)
+    if options.target == "local" and not here:
+        raise UserError(
+            f"this machine is not a {profile.title}", where="--target local", fix="leave --target out, or --device"
+        )
+    _check_judge(options)
+    metric = load_metric(options.metric) if options.metric else None
+    url = options.target or ("local" if here else None)
     backend = _backend(options, profile, url)
     target, why = _target(url, profile, backend)
-    specs = model_io.input_specs(model)
+    specs = honest_specs(path, model)
     pre = images = judged = None
     if (options.calib or options.eval) and not specs:
         raise DataError("the model has no input", where=str(path), fix="leave --calib and --eval out")
@@ -90,9 +99,31 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         preprocess=pre,
         images=images,
         judged=judged,
-        metric=load_metric(options.metric) if options.metric else None,
+        metric=metric,
         progress=progress,
     )
+
+
+def _check_judge(options: Options) -> None:
+    """Raise DataError for a stated judge or quality budget without images to judge on."""
+    stated = "--metric" if options.metric else "--max-drop" if options.budget.drop_stated else None
+    if stated and not (options.calib or options.eval):
+        raise DataError("there are no images to judge on", where=stated, fix="add --calib FOLDER or --eval FOLDER")
+
+
+def honest_specs(path: Path, model: ir.Model) -> tuple[InputSpec, ...]:
+    """Return the model's inputs; batch 1 where it declares any batch but fails on two images.
+
+    Exporters often leave a Reshape with a fixed batch inside. Models too large to try are taken at their word.
+    """
+    specs = model_io.input_specs(model)
+    if not specs or any(s.shape[:1] != (None,) for s in specs) or model_io.weights_bytes(model) > LARGE:
+        return specs
+    try:
+        Session(path, optimise=False).run(model_io.sample_inputs(specs, seed=0, batch=2))
+    except ModelError:
+        return tuple(replace(s, shape=(1, *s.shape[1:])) for s in specs)
+    return specs
 
 
 def _backend(options: Options, profile: DeviceProfile, url: str | None) -> Backend:

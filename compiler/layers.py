@@ -26,7 +26,7 @@ def describe(
             continue
         name = node.name or node.op_type
         dtype = _dequantized_from(node.inputs[0])
-        scale, span = _output_scale(node)
+        scale, span = (None, None) if dtype is None else _output_scale(node)
         layers.append(
             Layer(
                 node=name,
@@ -34,12 +34,20 @@ def describe(
                 precision=_precision(node, dtype),
                 output_range=span,
                 scale=scale,
-                sqnr_db=errors.get(name),
+                sqnr_db=None if dtype is None else errors.get(name),
                 macs=macs(node),
                 reason=reasons.get(name) if dtype is None else None,
             )
         )
     return tuple(layers)
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Say whether the model holds integer arithmetic or Q/DQ pairs already."""
+    return any(
+        node.op_type.startswith(("QLinear", "QuantizeLinear", "DequantizeLinear")) or node.op_type.endswith("Integer")
+        for node in model.graph.all_nodes()
+    )
 
 
 def macs(node: ir.Node) -> int | None:

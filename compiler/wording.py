@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .types import Attempt
@@ -24,14 +25,23 @@ def warnings(job: Job) -> tuple[str, ...]:
             names = ", ".join(r.node for r in images.skipped[:3])
             found.append(f"{len(images.skipped)} unreadable files were skipped: {names}")
         found += list(images.notes) if images is not None else []
+    if job.judged is not None and 100 / max(len(job.judged), 1) > job.options.budget.max_drop / 2:
+        found.append(
+            f"one of the {len(job.judged)} held-out images is {100 / len(job.judged):.1f} points: judge by more"
+        )
+    if job.judged is None and job.options.budget.max_latency_ms is not None and job.target is None:
+        found.append("--max-latency was not checked: nothing is measured for this device here")
     if job.judged is None:
         found.append("quality was not judged: no images")
     return tuple(found)
 
 
-def advice(job: Job, attempt: Attempt) -> tuple[str, ...]:
+def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Return what the reader can do next."""
     advice = []
+    attempt = next(a for a in attempts if a.chosen)
+    if attempt.precision == "fp32" and len(attempts) > 1:
+        advice.append(f"INT8 was tried and not taken: {attempts[1].verdict}")
     scheme = job.backend.schemes(job.profile)["int8"]
     if isinstance(scheme, str):
         advice.append(scheme)
