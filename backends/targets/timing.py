@@ -1,7 +1,8 @@
 """Interleaved latency measurement and its statistics.
 
-The candidates run in turn in one process, so that a drift of the machine's speed hits all alike; the order is drawn
-anew each round, since whoever follows a large model pays for the caches that it left.
+The candidates run in turn in one process, so that a drift of the machine's speed hits all alike. The order is drawn
+anew each round, and each runs once untimed just before it is timed: else whoever follows a large model would pay for
+the caches that it left, and no model in use runs beside its rivals.
 Per candidate: median, p90, p99, and a 95 % interval of the median that assumes no distribution: with n ordered
 samples the interval lies between the ranks n/2 -+ 1.96 sqrt(n)/2 (binomial, normal approximation; see e.g.
 Le Boudec, Performance Evaluation of Computer and Communication Systems, 2010, ch. 2). The speed-up is the median of
@@ -57,6 +58,7 @@ def interleave(
     while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() < end):
         for name in (names[i] for i in rng.permutation(len(names))):
             call = calls[name]
+            call()
             start = time.perf_counter()
             call()
             samples[name].append((time.perf_counter() - start) * 1e3)

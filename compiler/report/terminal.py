@@ -31,6 +31,7 @@ NAME, SENTENCE, LABEL = 28, 16, 13
 def render(report: Report, console: Console) -> None:
     """Print the whole report: what you got, what it is based on, what to do next."""
     console.print(Text(text.clean(report.headline) or text.headline(report), "bold"))
+    _pairs([("warning", line) for line in report.warnings], console, "yellow")
     shown = [
         tables.latency(report),
         tables.quality(report.fidelity, report.budget),
@@ -45,9 +46,8 @@ def render(report: Report, console: Console) -> None:
             _table(table, console)
     console.print()
     _pairs((*facts.layers(report), *facts.of_report(report)), console)
-    if report.warnings or report.advice:
+    if report.advice:
         console.print()
-    _pairs([("warning", line) for line in report.warnings], console, "yellow")
     _pairs([("advice", line) for line in report.advice], console, "cyan")
 
 
