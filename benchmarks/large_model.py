@@ -91,9 +91,7 @@ def work(source: Path, result: Path, passes: list[str]) -> dict[str, list[float]
 
 def main() -> None:
     """Write the model, run the job in a fresh process, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.4, help="size of the weights (default 2.4)")
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
     parser.add_argument("--work", nargs=2, type=Path, metavar=("SOURCE", "RESULT"), help=argparse.SUPPRESS)
@@ -105,9 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgec-large-", dir=options.folder) as folder:
         need, free = 2.2e9 * options.gigabytes, shutil.disk_usage(folder).free
         if free < need:
-            parser.error(
-                f"{folder} has {free / 1e9:.0f} GB free, and {need / 1e9:.0f} are needed: use --folder"
-            )
+            parser.error(f"{folder} has {free / 1e9:.0f} GB free, and {need / 1e9:.0f} are needed: use --folder")
         source = Path(folder) / "large.onnx"
         layers = write_model(source, options.gigabytes)
         result = Path(folder) / "out" / "model.onnx"

@@ -1,9 +1,9 @@
 """What the graph tells of a tensor without looking at its elements.
 
-    moved       a tensor that an operator only rearranged has the extremes and the distribution of its source
-    joined      a Concat's extremes are those of its inputs together
-    nonnegative a ReLU's output, and what is pooled, joined, split or added up from such tensors, is never below 0
-    covered     where the windows of a MaxPool cover its input, both have the same maximum
+moved       a tensor that an operator only rearranged has the extremes and the distribution of its source
+joined      a Concat's extremes are those of its inputs together
+nonnegative a ReLU's output, and what is pooled, joined, split or added up from such tensors, is never below 0
+covered     where the windows of a MaxPool cover its input, both have the same maximum
 """
 
 from __future__ import annotations

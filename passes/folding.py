@@ -32,9 +32,7 @@ _KEPT = frozenset(
     + ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 )
 #: Their output's size lies in their inputs' values, so it must be inferred before they are computed.
-_GROWING = frozenset(
-    ("ConstantOfShape", "Expand", "EyeLike", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample")
-)
+_GROWING = frozenset(("ConstantOfShape", "Expand", "EyeLike", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"))
 
 
 # ------------------------------------------------------------------------------------------- constant results
@@ -149,9 +147,7 @@ def compute(node: ir.Node, model: ir.Model) -> list[ir.TensorProtocol] | None:
     # RuntimeError: a type that its Python interface cannot hand over, such as bfloat16
     unable = (*model_faults, state.RuntimeException, RuntimeError)
     try:
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         results = session.run(None, {})
     except unable:
         return None

@@ -90,9 +90,7 @@ def _check(proto: onnx.ModelProto) -> None:
     inputs = {value.name for value in checked.graph.input}
     for tensor in absent:
         if tensor.name not in inputs:
-            checked.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
+            checked.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         checked.graph.initializer.remove(tensor)
     onnx.checker.check_model(checked, full_check=True)
 

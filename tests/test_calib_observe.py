@@ -194,9 +194,12 @@ def test_dynamic_size_follows_the_arrays(tmp_path):
 
 
 def test_a_shape_known_only_at_run_time_leaves_whole(tmp_path):
-    model = parse("""g (float[N,8] x) => (float[M] y) {
+    model = parse(
+        """g (float[N,8] x) => (float[M] y) {
         c = Greater (x, zero)  n = NonZero (c)  t = Transpose (n)  v = GatherND (x, t)  y = Neg (v) }
-        """.replace(" {", " <float[1] zero> {", 1), {"zero": np.zeros(1, np.float32)})
+        """.replace(" {", " <float[1] zero> {", 1),
+        {"zero": np.zeros(1, np.float32)},
+    )
     data = arrays(tmp_path, 5, (8,))
     found = collect(model, ("v", "y", "n", "c"), opened(tmp_path, model), histogram=True)
     assert set(found) == {"v", "y"}
@@ -410,5 +413,3 @@ def test_estimate_scales_samples_and_keeps_known_extremes():
     h.add(np.array([0.0, 0.0, 1.0], np.float32), np.array([4.0, 1.0], np.float32))
     counts = h.estimate(300)
     assert (counts[0], counts[BINS // 4], counts[-1]) == (200, 100, 1)
-
-

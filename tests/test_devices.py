@@ -489,9 +489,7 @@ def test_the_cache_folder_is_measured_and_its_size_said(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.platformdirs, "user_cache_dir", lambda _: str(folder))
     (finding,) = doctor._cache()
     assert finding.status == "ok" and "2.5 MB" in finding.detail
-    monkeypatch.setattr(
-        doctor.os, "access", lambda *_: False
-    )  # root may write anywhere: chmod proves nothing
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # root may write anywhere: chmod proves nothing
     (finding,) = doctor._cache()
     assert finding.status == "warning" and finding.fix
 

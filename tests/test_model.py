@@ -358,9 +358,7 @@ def test_external_data_is_found_from_any_working_folder(tmp_path, monkeypatch):
     assert len(model_io.fingerprint(loaded)) == 64
 
 
-@pytest.mark.parametrize(
-    "location", ["/etc/hostname", "../w.bin", "sub/../../w.bin", "link.bin", "folder/w.bin"]
-)
+@pytest.mark.parametrize("location", ["/etc/hostname", "../w.bin", "sub/../../w.bin", "link.bin", "folder/w.bin"])
 def test_external_data_outside_the_folder(tmp_path, location):
     inner, outside = tmp_path / "inner", tmp_path / "outside"
     for folder in (inner, inner / "sub", outside):
@@ -467,11 +465,7 @@ def mixed(tmp_path, monkeypatch) -> Path:
     graph.register_initializer(ir.Value(name="i4", const_value=packed))
     scale = graph.initializers["scale"]
     for value in list(graph.initializers.values()):
-        node = (
-            ir.node("DequantizeLinear", [value, scale])
-            if value.name == "i4"
-            else ir.node("Identity", [value])
-        )
+        node = ir.node("DequantizeLinear", [value, scale]) if value.name == "i4" else ir.node("Identity", [value])
         node.outputs[0].name = f"{value.name}_out"
         graph.append(node)
         graph.outputs.append(node.outputs[0])
@@ -627,9 +621,7 @@ def test_fingerprint_is_the_same_in_another_process(tmp_path):
     code = "import sys; from edgec.compiler import model; print(model.fingerprint(model.load(sys.argv[1])))"
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", code, str(path)]
-    found = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=environment
-    ).stdout.strip()
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
     assert found == model_io.fingerprint(model_io.load(path))
 
 

@@ -108,9 +108,7 @@ def upscaled(digit: np.ndarray) -> np.ndarray:
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices to train with, to calibrate with (some of the former), and held out; all stratified."""
-    train, val = train_test_split(
-        np.arange(len(labels)), test_size=VAL_SHARE, stratify=labels, random_state=SEED
-    )
+    train, val = train_test_split(np.arange(len(labels)), test_size=VAL_SHARE, stratify=labels, random_state=SEED)
     _, calib = train_test_split(train, test_size=CALIB_IMAGES, stratify=labels[train], random_state=SEED)
     return train, calib, val
 
