@@ -204,3 +204,52 @@ def test_interrupted_leaves_nothing(tiny, tmp_path):
     assert "interrupted" in message
     assert "Traceback" not in message
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (("--max-drop", "1%"), "--calib"),
+        (("--metric", "mine:judge"), "--calib"),
+        (("--device", "jetson-orin-nano-8gb", "--target", "local"), "Jetson"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(args, word, tiny, tmp_path, refuse):
+    refuse("compile", tiny / "model.onnx", "-o", tmp_path / "out", *args, words=(word,), out=tmp_path / "out")
+
+
+def test_models_that_do_not_belong_together(tiny, tmp_path, refuse):
+    other = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 13]> g (float[1, 4] a) => (float[1, 4] b) { b = Relu (a) }'
+    )
+    onnx.save(other, tmp_path / "other.onnx")
+    refuse("eval", tiny / "model.onnx", tiny / "images", "--against", tmp_path / "other.onnx")
+    refuse("bench", tiny / "model.onnx", "--against", tmp_path / "other.onnx", "--seconds", 0.1)
+
+
+def test_a_metric_that_fails_is_the_users_fault(tiny, tmp_path, refuse):
+    (tmp_path / "bad.py").write_text(
+        "def boom(got, want):\n    return got['nothing']\ndef big(got, want):\n    return 7\n"
+    )
+    for name in ("boom", "big"):
+        refuse("eval", tiny / "model.onnx", tiny / "images", "--against", tiny / "model.onnx",
+               "--metric", f"{tmp_path / 'bad.py'}:{name}", words=("--metric",))  # fmt: skip
+
+
+def test_more_class_folders_than_classes(tiny, tmp_path, refuse):
+    import shutil
+
+    shutil.copytree(tiny / "images", tmp_path / "images")
+    shutil.copytree(tmp_path / "images" / "class0", tmp_path / "images" / "class9")
+    refuse("eval", tiny / "model.onnx", tmp_path / "images", words=("class",))
+
+
+def test_a_manifest_of_nothing(tmp_path, refuse):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "manifest.json").write_text('{"format": 1}')
+    refuse("bench", tmp_path / "b")
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    done = subprocess.run(f"{sys.executable} -m edgec devices | head -1", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""

@@ -192,3 +192,41 @@ def test_the_python_api_does_the_same(tiny, tmp_path):
     assert package.bench(tmp_path / "out", seconds=0.1)[0].median_ms > 0
     assert any(p.name == "jetson-orin-nano-8gb" for p in package.devices())
     assert set(package.calibrate(tiny / "model.onnx", tiny / "images")) >= {"image"}
+
+
+def save(text, path, **constants):
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 13]> {text}')
+    for name, array in constants.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_model_with_nothing_to_quantize_compiles_and_says_so(tiny, tmp_path, edgec):
+    model = save("g (float[N, 3, 16, 16] x) => (float[N, 3, 16, 16] y) { y = Relu (x) }", tmp_path / "relu.onnx")
+    done = edgec("compile", model, "-o", tmp_path / "out", "--calib", tiny / "images", "--precision", "int8")
+    assert done.returncode == 0, done.stderr
+    assert "no node of the model can be quantized" in " ".join(done.stdout.split())
+    assert json.loads((tmp_path / "out/report.json").read_text())["precision"] == "fp32"
+
+
+def test_a_model_that_is_quantized_already(tiny, bundle, tmp_path, edgec):
+    done = edgec("compile", bundle / "model.onnx", "-o", tmp_path / "out", "--calib", tiny / "images")
+    assert done.returncode == 0, done.stderr
+    assert "quantized operators already" in " ".join(done.stdout.split())
+
+
+def test_a_batch_that_is_declared_free_but_is_not(tiny, tmp_path, edgec):
+    text = "g (float[N, 3, 16, 16] x) => (float[M, 4] y) { r = Reshape (x, shape)\n y = MatMul (r, w) }"
+    weight = np.random.default_rng(0).normal(size=(768, 4)).astype(np.float32)
+    model = save(text, tmp_path / "m.onnx", shape=np.array([1, 768], np.int64), w=weight)
+    done = edgec("compile", model, "-o", tmp_path / "out", "--calib", tiny / "images", "--precision", "int8")
+    assert done.returncode == 0, done.stderr
+
+
+def test_auto_does_not_take_what_it_could_not_judge(tiny, tmp_path, edgec):
+    ranges = tmp_path / "ranges.json"
+    assert edgec("calibrate", tiny / "model.onnx", tiny / "images", "-o", ranges).returncode == 0
+    report = document(edgec("compile", tiny / "model.onnx", "-o", tmp_path / "out", "--ranges", ranges, "--json"))
+    assert report["precision"] == "fp32"
+    assert "not judged" in report["attempts"][1]["verdict"]
