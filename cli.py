@@ -161,6 +161,7 @@ def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
     """Find tensor ranges on a folder of images.
 
     Writes what compile --ranges takes: the range of each tensor of MODEL that quantization asks for.
+    (compile --calib does more with the images: it compares methods and corrects biases.)
     """
     from .compiler import api
 
@@ -218,6 +219,7 @@ def inspect(path: Path, against: Path | None, layers: bool, why: bool, html: Pat
         why=why,
         html=html,
         as_json=as_json,
+        names=[str(p) for p in (path, against) if p],
     )
 
 

@@ -67,11 +67,6 @@ def write(folder: Path, artifact: Artifact, report: Report, source: Path) -> Non
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def is_bundle(path: Path) -> bool:
-    """Say whether `path` is a folder with a manifest."""
-    return (path / MANIFEST).is_file()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest. ModelError if there is none, or it is damaged, or from a newer edgec."""
     path = folder / MANIFEST

@@ -33,9 +33,7 @@ from .types import (
     CalibrationSummary,
     Fidelity,
     Measurement,
-    PassRecord,
     Progress,
-    Refusal,
     Report,
     silent,
 )
@@ -300,10 +298,6 @@ def _write(this: Job, chosen: Candidate, baseline: Candidate, report: Report, st
         model_io.save(baseline.model, staged / bundle.BASELINE)
     artifact = this.backend.lower(staged / bundle.MODEL, this.profile, chosen.precision)
     bundle.write(staged, artifact, report, this.path)
-
-
-def _all_refusals(records: Sequence[PassRecord]) -> tuple[Refusal, ...]:
-    return tuple(r for record in records for r in record.refusals)
 
 
 def _broken(attempt: Attempt, options: Options) -> str | None:

@@ -25,6 +25,7 @@ def inspect(
     why: bool,
     html: Path | None,
     as_json: bool,
+    names: Sequence[str] = (),
 ) -> None:
     """Show a report or an inspection, one or two of a kind, in the form that was asked for."""
     shown = [found] if other is None else [found, other]
@@ -35,7 +36,9 @@ def inspect(
         console.file.write(json.dumps(documents[0] if other is None else documents, indent=1, allow_nan=False) + "\n")
         return
     if other is not None:
-        terminal.render_comparison([serial.summary(each) for each in shown], console)
+        terminal.render_comparison(
+            [{**serial.summary(each), "name": n} for each, n in zip(shown, names, strict=True)], console
+        )
         return
     if layers:
         terminal.render_layers(found, console)
