@@ -263,7 +263,7 @@ def _feed(this: Job) -> dict[str, np.ndarray]:
     """Return one input of batch 1: a real image where there is one."""
     images = this.judged or this.images
     if images is not None:
-        return dict(next(iter(images.subset([0]).batches(1))).feed)
+        return dict(next(iter(images.batches(1))).feed)
     return model_io.sample_inputs(model_io.input_specs(model_io.load(this.path)), this.options.seed)
 
 

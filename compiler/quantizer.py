@@ -76,11 +76,13 @@ class Quantizer:
         """Return a quantizer that knows its layers' own errors on the images and corrects its biases by them."""
         few = _few(images)
         first = self.build()
+
+        def named(what: str, done: int, total: int | None) -> None:
+            progress(f"{what} ({self.method})", done, total)
+
         if not first.record.modified:
             return self
-        found = layer_errors(
-            self.model, first.model, few.batches(8), images=len(few), threads=threads, progress=progress
-        )
+        found = layer_errors(self.model, first.model, few.batches(8), images=len(few), threads=threads, progress=named)
         return replace(
             self,
             errors={name: e.sqnr_db for name, e in found.items()},
