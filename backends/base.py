@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..compiler.errors import UserError
-from ..compiler.types import Artifact, DeviceProfile, InputSpec, OpSupport, QuantScheme, Refusal
+from ..compiler.types import Artifact, DeviceProfile, FloatScheme, InputSpec, OpSupport, QuantScheme, Refusal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, str] = {"ort": "ort:OnnxRuntime", "tensorrt": "tensorrt:TensorRT"}
 #: Named on the command line, but not in this version: said in one line instead of "unknown".
 PLANNED: dict[str, str] = {"tvm": "the TVM backend is not in this version of edgec"}
+#: The precisions that a backend answers for.
+SCHEMED = ("fp32", "fp16", "int8", "fp8", "int4", "w4a8")
+Schemes = Mapping[str, QuantScheme | FloatScheme | str]
+FLOAT32 = FloatScheme("float32", "float32")
 
 
 class Runner(Protocol):
@@ -42,8 +46,11 @@ class Backend(Protocol):
     def unavailable(self) -> UserError | None:
         """Return why the backend cannot run on this machine, or None."""
 
-    def schemes(self, profile: DeviceProfile) -> Mapping[str, QuantScheme | str]:
-        """Return, for every precision edgec knows, the scheme to use on the device or why it cannot be had."""
+    def schemes(self, profile: DeviceProfile) -> Schemes:
+        """Return, for each of SCHEMED, the scheme to use on the device, or why it cannot be had and what to ask for.
+
+        `fp32` is a FloatScheme everywhere, `fp16` a FloatScheme or a reason, all others a QuantScheme or a reason.
+        """
 
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
         """Return what in the model the backend cannot run, before anything is built."""

@@ -6,21 +6,26 @@ the rules: NVIDIA's explicit-quantization guide and Model-Optimizer's placement.
 - activations int8, symmetric, zero points explicit and 0; one scale per tensor
 - weights stay float behind a Q/DQ pair with one scale per output channel (TensorRT 8 reads no int8 initializer)
 - biases stay float (int32 -> DequantizeLinear is refused by every version)
+- FP8 (E4M3, from SM 8.9 on) like INT8, but weights are stored as FP8; INT4 for weights of Gemm and MatMul only, packed
+  and in blocks (from SM 8.0 and TensorRT 10 on)
 - Q/DQ in front of Conv, ConvTranspose, Gemm and MatMul; on the skip branch of a residual Add; never behind them
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..compiler.errors import UnavailableError, UserError
-from ..compiler.types import Artifact, DeviceProfile, OpSupport, QuantScheme, Refusal
-from .base import Runner
+from ..compiler.types import Artifact, DeviceProfile, FloatScheme, OpSupport, QuantScheme, Refusal
+from .base import FLOAT32, Runner, Schemes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 INT8 = QuantScheme(
     "int8-symmetric",
@@ -31,12 +36,50 @@ INT8 = QuantScheme(
     placement="inputs",
     source="NVIDIA's explicit-quantization guide",
 )
+FP8 = replace(
+    INT8,
+    name="float8e4m3fn",
+    activation="float8e4m3fn",
+    weight="float8e4m3fn",
+    weight_max=448,
+    stored_weights="integer",
+    simulated=True,
+)
+INT4 = replace(
+    INT8, name="int4-weights", activation=None, weight="int4", weight_max=7, block=128, stored_weights="integer"
+)
+#: From this TensorRT on the types of the graph are kept (strong typing), which Q/DQ in float16 needs opset 19 for.
+STRONGLY_TYPED_FROM, FLOAT16_OPSET = (10, 12), 19
+_BELOW_FLOAT32 = ("fp16", "int8", "fp8", "int4", "w4a8")
+#: The first TensorRT that reads FP8 and INT4 tensors from ONNX.
+FEW_BITS_FROM = 10
+
+_ACTIVATIONS = _WEIGHTS = ("int8", "float8e4m3fn")
 SUPPORTS: tuple[OpSupport, ...] = (
-    OpSupport("Conv", "linear", ("int8",), ("int8",), "optional", ("constant-weight",)),
+    OpSupport("Conv", "linear", _ACTIVATIONS, _WEIGHTS, "optional", ("constant-weight", "enough-channels")),
     OpSupport("ConvTranspose", "linear", ("int8",), ("int8",), "optional", ("constant-weight",)),
-    OpSupport("Gemm", "linear", ("int8",), ("int8",), "optional", ("constant-weight", "plain-gemm")),
-    OpSupport("MatMul", "linear", ("int8",), ("int8",), "optional", ("constant-weight", "rank-2-weight")),
-    OpSupport("Add", "combine", ("int8",), output="optional"),
+    OpSupport(
+        "Gemm", "linear", _ACTIVATIONS, (*_WEIGHTS, "int4"), "optional", ("constant-weight", "plain-gemm", "a-matrix")
+    ),
+    OpSupport(
+        "MatMul",
+        "linear",
+        _ACTIVATIONS,
+        (*_WEIGHTS, "int4"),
+        "optional",
+        ("constant-weight", "rank-2-weight", "a-matrix"),
+    ),
+    OpSupport("Add", "combine", _ACTIVATIONS, output="optional"),
+    OpSupport("AveragePool", "combine", ("int8",), output="optional"),
+    OpSupport("GlobalAveragePool", "combine", ("int8",), output="optional"),
+    OpSupport("Resize", "combine", ("int8",), output="optional"),
+    OpSupport("Concat", "combine", _ACTIVATIONS, output="optional"),
+)
+#: Rows to add where the products inside attention shall run on integers too.
+ATTENTION: tuple[OpSupport, ...] = (
+    OpSupport(
+        "MatMul", "product", ("int8",), output="optional", needs=("two-activations", "short-sequence", "no-mask")
+    ),
 )
 
 
@@ -45,6 +88,7 @@ class TensorRT:
 
     name: ClassVar[str] = "tensorrt"
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
+    attention: ClassVar[tuple[OpSupport, ...]] = ATTENTION
 
     def unavailable(self) -> UserError | None:
         """Return why no engine can be built here."""
@@ -53,15 +97,27 @@ class TensorRT:
             fix="the bundle's model.onnx is what trtexec builds the engine from, on the device",
         )
 
-    def schemes(self, profile: DeviceProfile) -> Mapping[str, QuantScheme | str]:
-        """INT8 where the GPU has integer tensor cores (SM 7.2 and up, not SM 6.2 and below)."""
-        float32 = QuantScheme("float32", "int8", symmetric=True)
-        if "int8" not in profile.dtypes:
-            return {
-                "fp32": float32,
-                "int8": f"{profile.title} has no INT8 units; --precision fp32 runs as FP16 there",
-            }
-        return {"fp32": float32, "int8": INT8}
+    def schemes(self, profile: DeviceProfile) -> Schemes:
+        """By the device's types: INT8 from SM 7.2 on; INT4 weights from 8.0, FP8 from 8.9, both from version 10."""
+        has = set(profile.dtypes)
+        sm = "" if profile.sm is None else f" (SM {profile.sm:g})"
+        instead = "int8" if "int8" in has else "fp16"
+        old = _too_old(profile, instead)
+
+        def where(dtype: str, scheme: QuantScheme | FloatScheme, why: str) -> QuantScheme | FloatScheme | str:
+            return scheme if dtype in has else f"{profile.title}{sm} {why}"
+
+        int8 = where("int8", INT8, "has no INT8 units; use --precision fp16")
+        fp8 = where("float8e4m3fn", FP8, f"has no FP8 units, which came with SM 8.9; use --precision {instead}")
+        int4 = where("int4", INT4, f"has no INT4 weights, which came with SM 8.0; use --precision {instead}")
+        return {
+            "fp32": FLOAT32,
+            "fp16": where("float16", FloatScheme("float16", "float16"), "has no FP16 units; use --precision fp32"),
+            "int8": int8,
+            "fp8": fp8 if isinstance(fp8, str) else old or fp8,
+            "int4": int4 if isinstance(int4, str) else old or int4,
+            "w4a8": f"TensorRT has no kernels for INT4 weights with INT8 activations; use --precision {instead}",
+        }
 
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
         """Return the operators that TensorRT's parser refuses."""
@@ -73,9 +129,52 @@ class TensorRT:
         )
 
     def lower(self, model: Path, profile: DeviceProfile, precision: str) -> Artifact:
-        """Return the ONNX file: the engine is built from it on the device."""
-        return Artifact(self.name, precision, model.parent, model.name)
+        """Return the ONNX file from which the engine is built on the device.
+
+        Before 10.12 that is `model` itself, in float32: flags of the builder choose the types. Later versions keep the
+        types of the graph, hence a copy in float16 beside it, `<stem>-float16.onnx`, for the precisions below float32.
+        Where the version is unknown both are there, and the artifact is `model`. Which nodes of the copy stay in
+        float32 is marked in the model (see passes/cast_fp16.py).
+        """
+        version = profile.toolchain.get("tensorrt")
+        typed = version is None or _numbers(version) >= STRONGLY_TYPED_FROM
+        copy = _float16_copy(model) if typed and precision in _BELOW_FLOAT32 else None
+        name = model.name if copy is None or version is None else copy.name
+        return Artifact(self.name, precision, model.parent, name)
 
     def open(self, artifact: Artifact, threads: int) -> Runner:
         """Raise UnavailableError: no engine is built in this version."""
         raise self.unavailable() or AssertionError
+
+
+def _too_old(profile: DeviceProfile, instead: str) -> str | None:
+    """Return why the device's TensorRT reads no FP8 or INT4; None where it does, or where its version is open."""
+    version = profile.toolchain.get("tensorrt")
+    if version is None or int(version.partition(".")[0]) >= FEW_BITS_FROM:
+        return None
+    return (
+        f"TensorRT {version}, which {profile.title} comes with, reads no FP8 or INT4 from ONNX, only version "
+        f"{FEW_BITS_FROM} and later do; use --precision {instead}"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return major and minor version; what is no number counts as 0."""
+    return tuple(int(part) if part.isdecimal() else 0 for part in version.split(".")[:2])
+
+
+def _float16_copy(path: Path) -> Path | None:
+    """Write the model with float16 weights and activations beside it; return the file, None where that cannot be."""
+    from ..compiler import model as model_io
+    from ..passes.cast_fp16 import CastFloat16
+    from ..passes.raise_opset import RaiseOpset
+
+    model = model_io.load(path)
+    raised = RaiseOpset(FLOAT16_OPSET).apply(model)
+    if raised.refusals:
+        logger.warning("%s stays in float32: %s", path, raised.refusals[0].why)
+        return None
+    CastFloat16().apply(model)
+    copy = path.with_name(f"{path.stem}-float16.onnx")
+    model_io.save(model, copy)
+    return copy

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends import base as backends
+from ..backends.base import FLOAT32
 from ..backends.ort import Session
 from ..backends.targets.local import LocalTarget
 from ..calib import folder
@@ -15,9 +16,9 @@ from . import devices, fidelity
 from . import model as model_io
 from .errors import DataError, ModelError, UnavailableError, UserError
 from .metrics import load_metric
-from .options import PLANNED_PRECISIONS, PRECISIONS, Options
+from .options import PRECISIONS, Options
 from .proof import LARGE
-from .types import DeviceProfile, InputSpec, Preprocess, Progress
+from .types import DeviceProfile, FloatScheme, InputSpec, Preprocess, Progress, QuantScheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,13 +45,7 @@ class Job:
 
 
 def check_precision(options: Options) -> None:
-    """Raise UserError for a precision that is unknown or not in this version."""
-    if options.precision in PLANNED_PRECISIONS:
-        raise UserError(
-            f"{options.precision} is not in this version of edgec",
-            where="--precision",
-            fix="choose one of: " + ", ".join(PRECISIONS),
-        )
+    """Raise UserError for a precision that is unknown."""
     if options.precision not in PRECISIONS:
         raise UserError(
             f"unknown precision {options.precision!r}",
@@ -152,26 +147,51 @@ def _target(url: str | None, profile: DeviceProfile, backend: Backend) -> tuple[
     return LocalTarget(), None
 
 
+def scheme(job: Job) -> FloatScheme | QuantScheme:
+    """Return what shall be tried beside float32, or float32 itself where nothing else shall or can be.
+
+    `auto` is INT8, where there are images or ranges to quantize by. UserError or DataError for a precision that was
+    named and cannot be had.
+    """
+    named = job.options.precision != "auto"
+    precision = job.options.precision if named else "int8"
+    found = job.backend.schemes(job.profile)[precision]
+    why = _objection(job, found, precision)
+    if why is None and not isinstance(found, str):
+        return found
+    if named and why is not None:
+        raise why
+    return FLOAT32
+
+
+def quant_scheme(job: Job) -> QuantScheme | None:
+    """Return how to quantize; None where only floats are tried. Errors as of `scheme`."""
+    found = scheme(job)
+    return found if isinstance(found, QuantScheme) else None
+
+
+def wants_float16(job: Job) -> bool:
+    """Say whether the model shall be cast to float16. Errors as of `scheme`."""
+    found = scheme(job)
+    return isinstance(found, FloatScheme) and found.dtype == "float16"
+
+
 def wants_integers(job: Job) -> bool:
-    """Say whether INT8 shall be tried. UserError or DataError where it was named but cannot be."""
-    if job.options.precision == "fp32":
-        return False
-    scheme = job.backend.schemes(job.profile)["int8"]
-    has_ranges = job.images is not None or job.options.ranges is not None
-    if job.options.precision == "int8":
-        if isinstance(scheme, str):
-            raise UserError(
-                scheme,
-                where="--precision int8",
-                fix="leave --precision out, or choose another device or backend",
-            )
-        if not has_ranges:
-            raise DataError(
-                "INT8 needs images to calibrate on",
-                where="--precision int8",
-                fix="add --calib FOLDER, or --ranges FILE",
-            )
-    return has_ranges and not isinstance(scheme, str)
+    """Say whether numbers of few bits shall be tried. Errors as of `scheme`."""
+    return quant_scheme(job) is not None
+
+
+def _objection(job: Job, found: QuantScheme | FloatScheme | str, precision: str) -> UserError | None:
+    """Return why this job cannot have the scheme."""
+    where = f"--precision {precision}"
+    if isinstance(found, str):
+        return UserError(found, where=where, fix="leave --precision out, or choose another device or backend")
+    if isinstance(found, FloatScheme) or found.activation is None:
+        return None
+    if job.images is None and job.options.ranges is None:
+        fix = "add --calib FOLDER, or --ranges FILE"
+        return DataError(f"{precision.upper()} needs images to calibrate on", where=where, fix=fix)
+    return None
 
 
 def _refuse_unsupported(backend: Backend, profile: DeviceProfile, model: ir.Model) -> None:

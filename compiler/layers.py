@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from ..passes.float8 import FLOAT8
+from ..passes.quant_params import LIMITS, QParams
 from .types import Layer, Range, Refusal
 
 #: Operators that count as layers: those that hold weights or do the arithmetic.
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_LIMITS = {ir.DataType.UINT8: (0, 255), ir.DataType.INT8: (-128, 127)}
 
 
 def describe(
@@ -79,15 +80,29 @@ def _dequantized_from(value: ir.Value | None) -> ir.DataType | None:
     return producer.inputs[0].dtype
 
 
+#: What may stand between a stored weight and its layer (passes/weight_writer.py has the forms).
+_UNPACKING = ("DequantizeLinear", "Cast", "Mul", "QuantizeLinear")
+
+
+def _stored_type(weight: ir.Value | None) -> ir.DataType | None:
+    """Return the type in which the weight has the fewest bits on its way to the layer; None for a plain float."""
+    found, value = None, weight
+    while value is not None:
+        if value.dtype is not None and value.dtype not in (ir.DataType.FLOAT, ir.DataType.UNDEFINED):
+            found = value.dtype
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type in _UNPACKING else None
+    return found
+
+
 def _precision(node: ir.Node, activation: ir.DataType | None) -> str:
     weight = node.inputs[1] if len(node.inputs) > 1 else None
-    stored = _dequantized_from(weight)
+    stored = _stored_type(weight)
     if activation is not None and stored is not None:
         return f"{activation.name.lower()} x {stored.name.lower()}"
-    if stored is not None:
+    if stored is not None and stored.itemsize < 2:
         return f"weights {stored.name.lower()}"
-    dtype = weight.dtype if weight is not None else None
-    return "float32" if dtype in (None, ir.DataType.FLOAT) else dtype.name.lower()
+    return "float32" if stored is None else stored.name.lower()
 
 
 def _output_scale(node: ir.Node) -> tuple[float | None, Range | None]:
@@ -114,6 +129,8 @@ def _scale_of(quantize: ir.Node) -> tuple[float | None, Range | None]:
         or zero.const_value.size != 1
     ):
         return None, None
-    s, z = float(scale.const_value.numpy()), int(zero.const_value.numpy())
-    low, high = _LIMITS.get(zero.const_value.dtype, (0, 0))
-    return s, Range((low - z) * s, (high - z) * s)
+    s, z, dtype = float(scale.const_value.numpy()), int(zero.const_value.numpy()), zero.const_value.dtype.name.lower()
+    if dtype not in LIMITS and dtype not in FLOAT8:
+        return s, None
+    params = QParams(s, z, dtype)
+    return s, Range(params.low, params.high)

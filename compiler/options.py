@@ -10,9 +10,7 @@ from pathlib import Path
 from .errors import UserError
 from .types import Budget
 
-PRECISIONS = ("auto", "fp32", "int8")
-#: In the command line's design, but not in this version.
-PLANNED_PRECISIONS = ("fp16", "fp8", "int4", "w4a8")
+PRECISIONS = ("auto", "fp32", "fp16", "int8", "fp8", "int4", "w4a8")
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}

@@ -131,29 +131,67 @@ class StatisticsProvider(Protocol):
 # --------------------------------------------------------------------------------------------- quantization
 
 
+#: ONNX types that weights may be stored in.
+WeightType = Literal["int8", "uint8", "int4", "float8e4m3fn", "float8e5m2"]
+
+
+@dataclass(frozen=True)
+class FloatScheme:
+    """Floating point throughout, in one type: what `fp32` and `fp16` mean on a device."""
+
+    name: str
+    dtype: Literal["float32", "float16"]
+    source: str = ""
+
+
 @dataclass(frozen=True)
 class QuantScheme:
-    """How a backend on a device wants its integers: a row of that backend's table.
+    """How a backend on a device wants its numbers of few bits: a row of that backend's table.
 
-    `activation` and `weight` are ONNX integer type names in lower case. `weight_max` is the largest
-    magnitude a quantized weight may take (127, or 63 where 8-bit products can saturate).
+    `activation` and `weight` are ONNX type names in lower case; an `activation` of None leaves activations in float
+    (weights only). `weight_max` is the largest magnitude a quantized weight may take (127; 63 where 8-bit products can
+    saturate; 7 for int4). `block`: so many weights along the input axis share a scale; None for a scale per channel.
     `placement` says where Q/DQ pairs stand: "kernels" puts them around every node that has an integer
     kernel, inputs and output; "inputs" only in front of linear nodes and on the skip branch of an Add.
     `shield_float`: the runtime quantizes a float layer that it finds between DequantizeLinear and
     QuantizeLinear by itself, with one scale for all channels; a layer kept in float must be shielded from that.
+    `simulated`: nothing here runs this type by itself; accuracy is measured on rounded floats.
+    `cast_weights`: the runtime's kernels take no packed weights, but it folds a Cast when it loads the model: weights
+    pass through one on their way (see passes/weight_writer.py). `weight_max_8bit`: the largest magnitude of the
+    weights of those layers that stay at 8 bits where the scheme's own weights have 4.
     """
 
     name: str
-    activation: Literal["uint8", "int8"]
+    activation: Literal["uint8", "int8", "uint16", "int16", "float8e4m3fn", "float8e5m2"] | None
     symmetric: bool
-    weight: Literal["int8", "uint8"] = "int8"
+    weight: WeightType = "int8"
     weight_max: int = 127
     per_channel: bool = True
+    block: int | None = None
     bias: Literal["int32", "float32"] = "int32"
     stored_weights: Literal["integer", "float"] = "integer"
     placement: Literal["kernels", "inputs"] = "kernels"
     shield_float: bool = False
+    simulated: bool = False
     source: str = ""
+    cast_weights: bool = False
+    weight_max_8bit: int = 127
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """The integers that stand for one layer's weight, chosen by a rounding method.
+
+    `integers` (int8, the weight's own shape) times `scales`: one scale (`axis` None), one per index of `axis`, or,
+    with `block`, an array of the weight's shape with the input axis divided by the block (float32).
+    `dtype` is the ONNX type they are stored in; for an FP8 type `integers` holds the codes' values (ml_dtypes).
+    """
+
+    integers: np.ndarray
+    scales: np.ndarray
+    axis: int | None
+    dtype: WeightType = "int8"
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -163,13 +201,15 @@ class OpSupport:
     `role` says how the operator is quantized:
       linear   activation input 0, weight input 1, bias input 2; its own scale on the output
       combine  every input is an activation with a scale of its own, and so is the output
+      product  as combine, but worth integers wherever it stands, like linear (activation x activation MatMul)
       move     data movement: input and output share one scale, so nothing is rounded again
     `output` says whether the integer kernel needs a quantized output ("required") or can also give
-    floats ("optional"). `needs` are conditions on the node, checked by name (see passes/quantize.py).
+    floats ("optional"). `needs` are conditions on the node, checked by name (see passes/placement_rules.py).
+    Where an operator has several rows, the first whose conditions hold counts.
     """
 
     op: str
-    role: Literal["linear", "combine", "move"]
+    role: Literal["linear", "combine", "product", "move"]
     activations: tuple[str, ...] = ("uint8", "int8")
     weights: tuple[str, ...] = ()
     output: Literal["required", "optional"] = "required"

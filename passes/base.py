@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ..compiler.types import Refusal
 
-Stage = Literal["normalise", "fold", "compress", "quantize"]
+Stage = Literal["normalise", "fold", "compress", "quantize", "cast"]
 
 
 @dataclasses.dataclass

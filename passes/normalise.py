@@ -6,7 +6,8 @@ Rules, applied in rounds until a round changes nothing (so a second run of the p
 3. What is known before the model runs becomes an initializer (folding.py).
 4. A node that does nothing is bypassed; a graph output keeps its name.
 5. CastLike becomes Cast; a Reshape whose result has at most one dynamic dimension gets a constant shape;
-   a bias of zeros is dropped from Conv and ConvTranspose; an If with a constant condition becomes its branch.
+   a bias of zeros is dropped from Conv and ConvTranspose; an If with a constant condition becomes its branch;
+   two Slices in a row become one (slices.py).
 6. Nodes and initializers that nothing uses are removed; every node and value has a name of its own.
 
 Not touched: the signature (inputs, outputs, their names, types and shapes), initializers that are graph inputs too,
@@ -28,6 +29,7 @@ from . import folding
 from .base import Pass, PassResult, Stage
 from .constants import Fingerprint, Names, add_initializer, graphs, remove_unused, small_array, supplant, values
 from .shapes import infer_shapes
+from .slices import merge_slices
 
 #: A rule returns whether it changed the model.
 _Rule = Callable[[ir.Node, ir.Model], bool]
@@ -237,6 +239,7 @@ _RULES: tuple[_Rule, ...] = (
     _constant_shape,
     _zero_bias,
     _constant_if,
+    merge_slices,
 )
 
 

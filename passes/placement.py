@@ -1,30 +1,39 @@
 """Where quantization goes: which nodes run on integers, which tensors get a scale. Analysis only, no rewriting.
 
-Two placements, named by the scheme (see QuantScheme):
+A node is a candidate where the backend's table has a row for it whose conditions hold (placement_rules.py). Which
+candidates are taken depends on the placement that the scheme names (see QuantScheme):
 
 kernels   A node is quantized where the backend has an integer kernel for it: its activations are read from
           DequantizeLinear, and its output, after a ReLU or Clip that the rounding absorbs, goes into
           QuantizeLinear. Every consumer of that output then reads the dequantized tensor, since the float one
           no longer exists. A `combine` node (Add, Concat, …) joins only if an input of it is an integer
-          already and something behind it works on integers too; a `move` node (Reshape, MaxPool, …) works on
+          already and a layer behind it works on integers too; a `move` node (Reshape, MaxPool, …) works on
           the integers themselves.
-inputs    Q/DQ stands in front of Conv, ConvTranspose, Gemm and MatMul, and on the skip branch of a residual Add
-          whose other branch comes out of such a node; nothing on their outputs. This is what TensorRT fuses.
+inputs    Q/DQ stands in front of layers and of what TensorRT fuses with them (placement_inputs.py).
 
+A scheme without an activation type takes the linear candidates and gives no tensor a scale.
 Nodes in subgraphs (If, Loop) are left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from ..compiler.types import OpSupport, QuantScheme, Range, Refusal
+from .placement_inputs import in_front
+from .placement_rules import NEEDS, Facts, different_ranges
 
 #: Activations that a kernel's own rounding performs for free when the quantized range ends where they clip.
 ABSORBED = ("Relu", "Clip")
+#: Roles that are worth integers wherever they stand; the others only join these.
+LAYERS = ("linear", "product")
+#: Operators whose further inputs say where to, not what.
+_ONE_ACTIVATION = ("Resize",)
+#: Rules whose refusals are told for every operator; all others only for layers.
+_TOLD = ("kept-float", "concat-of-different-ranges")
 
 
 @dataclass
@@ -42,6 +51,18 @@ class Placement:
     reads: set[tuple[ir.Node, int]] = field(default_factory=set)
     refusals: list[Refusal] = field(default_factory=list)
 
+    def read(self, node: ir.Node, index: int, ranges: Mapping[str, Range]) -> None:
+        """Let the node read this input dequantized."""
+        value = node.inputs[index]
+        assert value is not None and value.name is not None
+        self.reads.add((node, index))
+        if value not in self.produced:
+            self.ranges.setdefault(value, ranges[value.name])
+
+
+Objection = tuple[str, str]
+Candidates = dict[ir.Node, OpSupport]
+
 
 def place(
     model: ir.Model,
@@ -51,25 +72,35 @@ def place(
     keep_float: Mapping[str, str],
 ) -> Placement:
     """Decide what is quantized. `keep_float` maps node names to the reason why they stay in float."""
-    table = {row.op: row for row in supports}
-    placement = Placement()
-    step = {"kernels": _around_kernel, "inputs": _in_front}[scheme.placement]
-    for node in model.graph:
-        row = table.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if row is None:
-            continue
+    facts = Facts(model.opset_imports.get("", 0), ranges, scheme)
+    candidates: dict[ir.Node, OpSupport] = {}
+    refused: dict[ir.Node, tuple[OpSupport, Objection]] = {}
+    for node, rows in _supported(model, supports):
         why = keep_float.get(node.name or "")
-        refusal = ("kept-float", why) if why else _objection(node, row, ranges, model)
-        if refusal is None:
-            refusal = step(node, row, ranges, placement, frozenset(table))
-        if refusal is not None and (row.role == "linear" or refusal[0] == "kept-float"):
-            placement.refusals.append(Refusal(node.name or node.op_type, *refusal))
+        row, objection = (rows[0], ("kept-float", why)) if why else _chosen_row(node, rows, facts)
+        if objection is None:
+            candidates[node] = row
+        else:
+            refused[node] = row, objection
+    for node, why in _torn_concats(candidates, ranges).items():
+        refused[node] = candidates.pop(node), ("concat-of-different-ranges", why)
+    placement = Placement()
+    if scheme.activation is None:
+        placement.nodes.update({node: row.role for node, row in candidates.items() if row.role == "linear"})
+    else:
+        step = {"kernels": _around_kernels, "inputs": in_front}[scheme.placement]
+        refused |= {node: (candidates[node], objection) for node, objection in step(candidates, ranges, placement)}
+    for node in model.graph:
+        if node in refused:
+            row, objection = refused[node]
+            if row.role == "linear" or objection[0] in _TOLD:
+                placement.refusals.append(Refusal(node.name or node.op_type, *objection))
     return placement
 
 
 def activation_inputs(node: ir.Node, row: OpSupport) -> list[int]:
     """Return the indices of the inputs that are activations."""
-    if row.role == "combine":
+    if row.role in ("combine", "product") and row.op not in _ONE_ACTIVATION:
         return [i for i, value in enumerate(node.inputs) if value is not None]
     return [0]
 
@@ -85,22 +116,44 @@ def output_tensor(node: ir.Node) -> ir.Value:
     return value
 
 
-Objection = tuple[str, str] | None
+def observed_tensors(model: ir.Model, supports: tuple[OpSupport, ...]) -> tuple[str, ...]:
+    """Return the names of the float tensors whose ranges `place` may ask for, in graph order, each once."""
+    found: dict[str, None] = {}
+    for node, rows in _supported(model, supports):
+        reads = {i for row in rows if row.role != "move" for i in activation_inputs(node, row)}
+        values = [node.inputs[i] for i in sorted(reads)] + [output_tensor(node)] * bool(reads)
+        for value in values:
+            if value is not None and value.const_value is None and value.dtype in (None, ir.DataType.FLOAT):
+                found[value.name or ""] = None
+    return tuple(name for name in found if name)
+
+
+# ------------------------------------------------------------------------------------------ around kernels
+
+
+def _around_kernels(
+    candidates: Candidates, ranges: Mapping[str, Range], placement: Placement
+) -> Iterator[tuple[ir.Node, Objection]]:
+    useful = _useful(candidates)
+    for node, row in candidates.items():
+        objection = _around_kernel(node, row, ranges, placement, useful)
+        if objection is not None:
+            yield node, objection
 
 
 def _around_kernel(
-    node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], placement: Placement, ops: frozenset[str]
-) -> Objection:
+    node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], placement: Placement, useful: set[ir.Node]
+) -> Objection | None:
     inputs = activation_inputs(node, row)
-    if row.role != "linear" and not any(node.inputs[i] in placement.produced for i in inputs):
+    if row.role not in LAYERS and not any(node.inputs[i] in placement.produced for i in inputs):
         return "no-integer-input", "none of its inputs is an integer tensor, so rounding it would only cost"
     if row.role == "move":
         placement.nodes[node] = row.role
         placement.produced.update(node.outputs)
         return None
+    if node not in useful:
+        return "no-integer-reader", "no layer behind it works on integers, so rounding its output would only cost"
     out = output_tensor(node)
-    if row.role == "combine" and not any(use.node.op_type in ops for use in out.uses()):
-        return "no-integer-reader", "nothing behind it works on integers, so rounding its output would only cost"
     if row.output == "required":
         chosen = ranges.get(out.name or "")
         if chosen is None:
@@ -109,51 +162,48 @@ def _around_kernel(
         placement.produced.add(out)
     placement.nodes[node] = row.role
     for i in inputs:
-        _read(node, i, ranges, placement)
+        placement.read(node, i, ranges)
     return None
 
 
-def _in_front(
-    node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], placement: Placement, ops: frozenset[str]
-) -> Objection:
-    if row.role == "linear":
-        placement.nodes[node] = row.role
-        _read(node, 0, ranges, placement)
-    elif node.op_type == "Add":
-        skip = _skip_branch(node, placement)
-        if skip is not None:
-            _read(node, skip, ranges, placement)
-    return None
+def _useful(candidates: Candidates) -> set[ir.Node]:
+    """Return the layers, and the other candidates whose results a layer on integers reads, if through others."""
+    useful: set[ir.Node] = set()
+    for node, row in reversed(candidates.items()):
+        outputs = node.outputs if row.role == "move" else (output_tensor(node),)
+        if row.role in LAYERS or any(use.node in useful for out in outputs for use in out.uses()):
+            useful.add(node)
+    return useful
 
 
-def _read(node: ir.Node, index: int, ranges: Mapping[str, Range], placement: Placement) -> None:
-    value = node.inputs[index]
-    assert value is not None and value.name is not None
-    placement.reads.add((node, index))
-    if value not in placement.produced:
-        placement.ranges.setdefault(value, ranges[value.name])
+# ------------------------------------------------------------------------------------------ candidates
 
 
-def _skip_branch(node: ir.Node, placement: Placement) -> int | None:
-    """Return which input of a residual Add is the skip: the one that does not come straight from a layer.
-
-    Straight means out of a quantized linear node with no other consumer. If both do, the second input is
-    taken as the skip (a projection shortcut); if none does, the Add is left alone.
-    """
-    straight = [
-        value is not None and value.producer() in placement.nodes and len(tuple(value.uses())) == 1
-        for value in node.inputs
-    ]
-    return {(True, False): 1, (False, True): 0, (True, True): 1}.get((straight[0], straight[1]))
+def _supported(model: ir.Model, supports: tuple[OpSupport, ...]) -> Iterator[tuple[ir.Node, list[OpSupport]]]:
+    """Yield the nodes of the main graph that the table names, each with its rows."""
+    table: dict[str, list[OpSupport]] = {}
+    for row in supports:
+        table.setdefault(row.op, []).append(row)
+    for node in model.graph:
+        if node.domain in ("", "ai.onnx") and node.op_type in table:
+            yield node, table[node.op_type]
 
 
-# ------------------------------------------------------------------------------------------ objections
+def _chosen_row(node: ir.Node, rows: list[OpSupport], facts: Facts) -> tuple[OpSupport, Objection | None]:
+    """Return the first row whose conditions hold; else the first one and what it objects to."""
+    objections = [(row, _objection(node, row, facts)) for row in rows]
+    return next((found for found in objections if found[1] is None), objections[0])
 
 
-def _objection(node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], model: ir.Model) -> Objection:
+def _objection(node: ir.Node, row: OpSupport, facts: Facts) -> Objection | None:
     """Return (rule, reason) if the node cannot run on integers, whatever surrounds it."""
+    scheme = facts.scheme
+    if scheme.activation is not None and scheme.activation not in row.activations:
+        return "activation-type", f"no kernel of {row.op} takes {scheme.activation} activations"
+    if row.role == "linear" and scheme.weight not in row.weights:
+        return "weight-type", f"no kernel of {row.op} takes {scheme.weight} weights"
     for name in row.needs:
-        why = NEEDS[name](node, model)
+        why = NEEDS[name](node, facts)
         if why is not None:
             return name, why
     for i in activation_inputs(node, row):
@@ -163,91 +213,17 @@ def _objection(node: ir.Node, row: OpSupport, ranges: Mapping[str, Range], model
             return "constant-input", f"its input {value.name!r} is a constant"
         if value.dtype not in (None, ir.DataType.FLOAT):
             return "not-float32", f"its input {value.name!r} is {value.dtype}"
-        if row.role != "move" and value.name not in ranges:
+        if row.role != "move" and scheme.activation is not None and value.name not in facts.ranges:
             return "no-range", f"its input {value.name!r} has no calibrated range"
     return None
 
 
-def _constant_weight(node: ir.Node, model: ir.Model) -> str | None:
-    weight = node.inputs[1] if len(node.inputs) > 1 else None
-    if weight is None or weight.const_value is None or weight.is_graph_input():
-        return "its weight is not a constant"
-    if weight.const_value.dtype != ir.DataType.FLOAT:
-        return f"its weight is {weight.const_value.dtype}, not float32"
-    return None
+def _torn_concats(candidates: Candidates, ranges: Mapping[str, Range]) -> dict[ir.Node, str]:
+    """Return the Concats that join results of very different sizes at the end of the network, with the reason."""
 
+    def linear(node: ir.Node) -> bool:
+        row = candidates.get(node)
+        return row is not None and row.role in LAYERS
 
-def _constant_bias(node: ir.Node, model: ir.Model) -> str | None:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None:
-        return None
-    if bias.const_value is None or bias.is_graph_input():
-        return "its bias is not a constant"
-    return None
-
-
-def _plain_gemm(node: ir.Node, model: ir.Model) -> str | None:
-    if node.attributes.get_int("transA", 0):
-        return "transA is set"
-    if node.attributes.get_float("alpha", 1.0) != 1.0:
-        return "alpha is not 1"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    channels = weight.const_value.shape[0 if node.attributes.get_int("transB", 0) else 1]
-    if bias is not None and (bias.const_value is None or bias.const_value.size != channels):
-        return "its bias is not one number per output"
-    return None
-
-
-def _weight_of_rank_2(node: ir.Node, model: ir.Model) -> str | None:
-    weight = node.inputs[1]
-    rank = len(weight.const_value.shape) if weight is not None and weight.const_value is not None else None
-    return None if rank == 2 else f"its weight has rank {rank}, not 2"
-
-
-def _max_pool_on_integers(node: ir.Node, model: ir.Model) -> str | None:
-    if model.opset_imports.get("", 0) < 12:
-        return "MaxPool takes integers from opset 12 on"
-    return "its indices are used" if len(node.outputs) > 1 else None
-
-
-def _pad_with_zero(node: ir.Node, model: ir.Model) -> str | None:
-    if model.opset_imports.get("", 0) < 13:
-        return "Pad takes integers from opset 13 on"
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    if value is not None and (value.const_value is None or value.const_value.numpy().any()):
-        return "it pads with something other than 0"
-    return None
-
-
-def _nearest_resize(node: ir.Node, model: ir.Model) -> str | None:
-    mode = node.attributes.get_string("mode", "nearest")
-    return None if mode == "nearest" else f"mode {mode} computes new values"
-
-
-#: The conditions that a row of a support table may name in `needs`.
-NEEDS: Mapping[str, Callable[[ir.Node, ir.Model], str | None]] = {
-    "constant-weight": _constant_weight,
-    "constant-bias": _constant_bias,
-    "plain-gemm": _plain_gemm,
-    "rank-2-weight": _weight_of_rank_2,
-    "max-pool-on-integers": _max_pool_on_integers,
-    "pad-with-zero": _pad_with_zero,
-    "nearest-resize": _nearest_resize,
-}
-
-
-def observed_tensors(model: ir.Model, supports: tuple[OpSupport, ...]) -> tuple[str, ...]:
-    """Return the names of the float tensors whose ranges `place` may ask for, in graph order, each once."""
-    table = {row.op: row for row in supports}
-    found: dict[str, None] = {}
-    for node in model.graph:
-        row = table.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if row is None or row.role == "move":
-            continue
-        values = [node.inputs[i] for i in activation_inputs(node, row)] + [output_tensor(node)]
-        for value in values:
-            if value is not None and value.const_value is None and value.dtype in (None, ir.DataType.FLOAT):
-                found[value.name or ""] = None
-    return tuple(name for name in found if name)
+    found = {node: different_ranges(node, linear, ranges) for node in candidates if node.op_type == "Concat"}
+    return {node: why for node, why in found.items() if why is not None}

@@ -12,7 +12,10 @@ PASSES: dict[str, str] = {
     "raise-opset": "raise_opset:RaiseOpset",
     "normalise": "normalise:Normalise",
     "fold-batch-norm": "fold_batch_norm:FoldBatchNorm",
+    "equalize": "equalize:Equalize",
+    "smooth": "smooth:Smooth",
     "quantize": "quantize:Quantize",
+    "cast-fp16": "cast_fp16:CastFloat16",
 }
 
 

@@ -438,3 +438,21 @@ def test_the_passes_do_not_read_large_weights(tmp_path):
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert grown < 50  # MB; one of the weights alone is 484
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the unit above is Linux's: kB
+
+
+SLICES = """
+g (float[1,2,6,8] x) => (float[1,2,3,4] y)
+<int64[1] zero = {0}, int64[1] far = {9223372036854775807}, int64[1] two = {2}, int64[1] rows = {2}, int64[1] columns = {%s}>
+{
+    half = Slice (x, zero, far, rows, two)
+    y = Slice (half, zero, far, columns, two)
+}
+"""
+
+
+def test_two_slices_along_different_axes_become_one():
+    assert ops(normalise(SLICES % "-1")[0]) == ["Slice"]
+
+
+def test_two_slices_along_one_axis_stay_two():
+    assert ops(normalise(SLICES.replace("[1,2,3,4] y", "[1,2,2,8] y") % "2")[0]) == ["Slice", "Slice"]

@@ -6,6 +6,7 @@ A new pass needs a line in the registry, and one here if its constructor needs a
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 import onnx
 import onnx_ir as ir
@@ -14,7 +15,7 @@ import zoo
 from edgec.compiler import model as model_io
 from edgec.compiler.types import Refusal
 from edgec.passes import registry
-from edgec.passes.base import Pass, PassResult
+from edgec.passes.base import Pass, PassResult, Stage
 from equivalence import assert_equivalent
 
 #: Pass -> the arguments with which it is tried on a model.
@@ -22,7 +23,7 @@ OPTIONS: Mapping[str, Callable[[ir.Model], dict[str, object]]] = {
     "raise-opset": lambda model: {"target": 13},
 }
 
-STAGES = ("normalise", "fold", "compress", "quantize")
+STAGES = get_args(Stage)
 
 
 def make(name: str, model: ir.Model) -> Pass:

@@ -37,6 +37,27 @@ def test_symmetric_by_hand():
     assert (params.scale, params.zero_point) == (pytest.approx(0.02, rel=1e-6), 0)
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("float8e4m3fn", 448), ("float8e5m2", 57344)])
+def test_small_floats_by_hand(dtype, largest):
+    params = activation_params(Range(-1.0, 2.0), dtype, symmetric=True)
+    assert (params.scale, params.zero_point) == (pytest.approx(2 / largest, rel=1e-6), 0)
+    assert (params.low, params.high) == (pytest.approx(-2, rel=1e-6), pytest.approx(2, rel=1e-6))
+    assert params == activation_params(Range(-1.0, 2.0), dtype, symmetric=False)  # they have no zero point
+
+
+def test_sixteen_bits_by_hand():
+    params = activation_params(Range(-1.0, 1.6767), "int16", symmetric=True)
+    assert (params.scale, params.zero_point) == (pytest.approx(1.6767 / 32767, rel=1e-6), 0)
+    params = activation_params(Range(0.0, 6.5535), "uint16", symmetric=False)
+    assert (params.scale, params.zero_point) == (pytest.approx(1e-4, rel=1e-6), 0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_symmetric_unsigned_is_a_bug(dtype):
+    with pytest.raises(ValueError, match="no negative number"):
+        activation_params(Range(-1.0, 1.0), dtype, symmetric=True)
+
+
 @pytest.mark.parametrize("span", [Range(0.0, 0.0), Range(0.0, 1e-45), Range(-1e-44, 0.0)])
 def test_dead_tensor_keeps_a_usable_scale(span):
     assert activation_params(span, "uint8", symmetric=False).scale >= SMALLEST_SCALE
@@ -65,6 +86,14 @@ def test_weight_scales_per_channel_and_per_tensor():
     assert weight_scales(weight, 0, 127, None, 1.0) == pytest.approx([0.01, 0.02], rel=1e-6)
     assert weight_scales(weight, 1, 127, None, 1.0) == pytest.approx([0.01, 0.02], rel=1e-6)
     assert weight_scales(weight, None, 127, None, 1.0) == pytest.approx([0.02], rel=1e-6)
+
+
+def test_weight_scales_in_blocks():
+    weight = np.array([[0.7, -0.1, 0.2, 1.4], [0.0, 0.0, -2.1, 0.3]], dtype=np.float32)
+    np.testing.assert_allclose(weight_scales(weight, 1, 7, None, 1.0, 2), [[0.1, 0.2], [0.3, 0.3]], rtol=1e-6)
+    np.testing.assert_allclose(weight_scales(weight, 0, 7, None, 1.0, 2), [[0.1, 0.1 / 7, 0.3, 0.2]], rtol=1e-6)
+    scales = np.array([[0.1, 0.2], [0.3, 0.3]], np.float32)
+    assert quantize_weight(weight, scales, 1, 7, 2).tolist() == [[7, -1, 1, 7], [0, 0, -7, 1]]
 
 
 def test_reduced_range_halves_the_integers():

@@ -43,9 +43,10 @@ g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {
 """
 
 
-def residual() -> ir.Model:
-    parts = {f"w{i}": weight(8, 8, 3, 3) for i in (1, 2, 3)} | {f"b{i}": weight(8) for i in (1, 2, 3)}
-    return build(RESIDUAL, **parts)
+def residual(channels: int = 8) -> ir.Model:
+    shapes = {f"w{i}": (channels, channels, 3, 3) for i in (1, 2, 3)} | {f"b{i}": (channels,) for i in (1, 2, 3)}
+    text = RESIDUAL.replace("[N, 8,", f"[N, {channels},")
+    return build(text, **{name: weight(*shape) for name, shape in shapes.items()})
 
 
 def ranges_of(model: ir.Model, supports, feed) -> dict[str, Range]:
@@ -255,8 +256,8 @@ def test_integers_equal_a_numpy_simulation():
 
 
 def tensorrt_model() -> ir.Model:
-    model = residual()
-    quantized(model, tensorrt.SUPPORTS, tensorrt.INT8)
+    model = residual(16)  # TensorRT's kernels want as many channels
+    quantized(model, tensorrt.SUPPORTS, tensorrt.INT8, shape=(2, 16, 6, 6))
     return model
 
 
@@ -277,7 +278,7 @@ def test_tensorrt_weights_stay_float_behind_a_pair_and_biases_are_float():
             q = dq.inputs[0].producer()
             assert (q.op_type, dq.op_type) == ("QuantizeLinear", "DequantizeLinear")
             assert q.inputs[0].const_value.dtype == ir.DataType.FLOAT
-            assert q.inputs[1].const_value.size == 8  # one scale per output channel
+            assert q.inputs[1].const_value.size == 16  # one scale per output channel
             assert node.inputs[2].const_value.dtype == ir.DataType.FLOAT
 
 

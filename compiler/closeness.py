@@ -1,0 +1,81 @@
+"""How close a candidate is to the float model on a few calibration images: what decides each step of quantization.
+
+    SQNR = 10 log10( sum y^2 / sum (y - y')^2 )    over all elements of an output and all images; the worst output counts
+
+The float model's outputs are computed once and kept, so judging a candidate costs one pass over the images. The
+held-out images are never looked at here: fidelity.py judges on those what comes out in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..backends.ort import Session
+from . import model as model_io
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..calib.folder import Batch, Folder
+
+#: Candidates are compared over so many input numbers, but at least so many images. Few images flatter methods that
+#: clip: what they clip is rare.
+_NUMBERS, _LEAST_IMAGES = 64 * 3 * 224 * 224, 64
+#: Images a run.
+_BATCH = 8
+
+
+class Closeness:
+    """The float model's outputs on a few images, and the distance of other models from them."""
+
+    def __init__(self, model: ir.Model, images: Folder, threads: int) -> None:
+        self._threads = threads
+        self._batches = [(b.feed, b) for b in few(images).batches(_BATCH)]
+        with TemporaryDirectory() as folder:
+            session = Session(model_io.session_source(model, Path(folder)), threads=threads)
+            self._expected = [_real(session.run(feed), batch) for feed, batch in self._batches]
+
+    def decibels(self, model: ir.Model, *, simulated: bool = False) -> float:
+        """Return the SQNR in dB of the model's worst output; infinite where nothing differs, -infinite for NaN.
+
+        `simulated`: the model's types are rounded and then computed with as floats, not fused into kernels.
+        """
+        signal: dict[str, float] = {}
+        error: dict[str, float] = {}
+        with TemporaryDirectory() as folder:
+            source = model_io.session_source(model, Path(folder))
+            session = Session(source, threads=self._threads, fuse_quantized=not simulated)
+            for (feed, batch), expected in zip(self._batches, self._expected, strict=True):
+                got = _real(session.run(feed), batch)
+                for name, y in expected.items():
+                    exact = y.astype(np.float64)
+                    signal[name] = signal.get(name, 0.0) + float((exact * exact).sum())
+                    error[name] = error.get(name, 0.0) + float(((exact - got[name]) ** 2).sum())
+        return min((_ratio_db(signal[name], error[name]) for name in signal), default=math.inf)
+
+
+def few(images: Folder) -> Folder:
+    """Return enough of the images to judge by, spread evenly over the folder."""
+    size = sum(math.prod(d or 1 for d in spec.shape[1:]) for spec in images.specs)
+    count = min(len(images), max(_LEAST_IMAGES, _NUMBERS // max(size, 1)))
+    return images.subset(i * len(images) // count for i in range(count))
+
+
+def _real(outputs: Mapping[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]:
+    """Drop outputs that are not float, and rows that only pad a fixed batch."""
+    floats = {name: y for name, y in outputs.items() if y.dtype.kind == "f"}
+    return {name: y[: batch.count] if y.ndim and len(y) == batch.rows else y for name, y in floats.items()}
+
+
+def _ratio_db(signal: float, error: float) -> float:
+    if not math.isfinite(error):
+        return -math.inf
+    if error <= 0 or signal <= 0:
+        return math.inf if error <= 0 else -math.inf
+    return 10 * math.log10(signal / error)

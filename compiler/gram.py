@@ -1,0 +1,132 @@
+"""What a linear layer reads, as rows of a matrix, and the sums over such rows that rounding needs.
+
+A layer is Y = X V' a group: X (rows, in) are patches for a Conv, in the order of the weight's own axes (in, k…), and
+the input's rows for Gemm and MatMul. Of a Conv's output positions a random sample is taken. Summed are
+
+    X'X and Y'X     about the means of X and Y where the layer's bias takes care of the mean; else as they are
+
+Shapes: X (groups, rows, in), Y (groups, rows, out), weights (groups, out, in). Sums are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one linear node's weight, input and output become matrices.
+
+    `shape` is the weight's own; `spatial` are (kernel, strides, dilations, pads) of a Conv, None for Gemm and MatMul;
+    `transposed` weights are stored (in, out). `biased`: the layer's bias will be set to what the mean error asks for.
+    """
+
+    shape: tuple[int, ...]
+    groups: int = 1
+    spatial: tuple[tuple[int, ...], ...] | None = None
+    transposed: bool = False
+    biased: bool = True
+
+    @property
+    def inputs(self) -> int:
+        """How many weights make one output of a row."""
+        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
+
+    def matrix(self, weight: np.ndarray) -> np.ndarray:
+        """Return a weight, or anything of its shape, as (groups, out, in)."""
+        rows = weight.T if self.transposed else weight.reshape(len(weight), -1)
+        return rows.reshape(self.groups, -1, self.inputs)
+
+    def unmatrix(self, matrix: np.ndarray) -> np.ndarray:
+        """Return (groups, out, in) in the shape of the weight."""
+        rows = matrix.reshape(-1, self.inputs)
+        return rows.T if self.transposed else rows.reshape(self.shape)
+
+    def rows(self, x: np.ndarray, y: np.ndarray, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return X and Y of at most `most` output positions, drawn without replacement; float64."""
+        if self.spatial is None:
+            x, y = x.reshape(-1, self.inputs), y.reshape(-1, y.shape[-1])
+            chosen = _draw(len(x), most, rng)
+            return x[None, chosen].astype(np.float64), y[None, chosen].astype(np.float64)
+        positions = (len(y), *y.shape[2:])
+        at = np.unravel_index(_draw(math.prod(positions), most, rng), positions)
+        patches, values = (np.moveaxis(a, 1, len(at)) for a in (self._patches(x), y))  # channels behind positions
+        return self._grouped(patches[at]), self._grouped(values[at])
+
+    def _grouped(self, rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(len(rows), self.groups, -1).swapaxes(0, 1).astype(np.float64)
+
+    def _patches(self, x: np.ndarray) -> np.ndarray:
+        """Return a view (n, channels, *positions, *kernel) of what a Conv reads."""
+        assert self.spatial is not None
+        kernel, strides, dilations, pads = self.spatial
+        rank = len(kernel)
+        padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
+        spans = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
+        steps = (slice(None), slice(None), *(slice(None, None, s) for s in (*strides, *dilations)))
+        view: np.ndarray = windows[steps]
+        return view
+
+
+def layout(node: ir.Node, shape: tuple[int, ...]) -> Layout | str:
+    """Return the layout of a linear node with a weight of this shape, or the reason why it has none."""
+    attributes = node.attributes
+    if node.op_type == "Conv":
+        if attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            return "its padding depends on the image (auto_pad)"
+        rank = len(shape) - 2
+        spatial = (
+            shape[2:],
+            tuple(attributes.get_ints("strides", [1] * rank)),
+            tuple(attributes.get_ints("dilations", [1] * rank)),
+            tuple(attributes.get_ints("pads", [0] * 2 * rank)),
+        )
+        return Layout(shape, attributes.get_int("group", 1), spatial)
+    if node.op_type == "Gemm":
+        if attributes.get_int("transA", 0) or attributes.get_float("alpha", 1.0) != 1.0:
+            return "transA or alpha is set"
+        return Layout(shape, transposed=not attributes.get_int("transB", 0))
+    if node.op_type == "MatMul" and len(shape) == 2:
+        return Layout(shape, transposed=True, biased=False)
+    return f"no Gram matrix is made for {node.op_type}"
+
+
+class Moments:
+    """Sums over the rows of one layer, batch after batch."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.rows = layout, 0
+        outputs = math.prod(layout.shape) // (layout.inputs * layout.groups)
+        self._gram = np.zeros((layout.groups, layout.inputs, layout.inputs))
+        self._cross = np.zeros((layout.groups, outputs, layout.inputs))
+        self._x, self._y = np.zeros((layout.groups, layout.inputs)), np.zeros((layout.groups, outputs))
+        self.energy = 0.0
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Add rows: x (groups, rows, in) of what is read, y (groups, rows, out) of what shall come out."""
+        self.rows += x.shape[1]
+        self._gram += x.swapaxes(1, 2) @ x
+        self._cross += y.swapaxes(1, 2) @ x
+        self._x += x.sum(axis=1)
+        self._y += y.sum(axis=1)
+        self.energy += float(np.vdot(y, y))
+
+    def gram(self) -> np.ndarray:
+        """X'X (groups, in, in)."""
+        return self._gram - self._about(self._x, self._x)
+
+    def cross(self) -> np.ndarray:
+        """Y'X (groups, out, in)."""
+        return self._cross - self._about(self._y, self._x)
+
+    def _about(self, one: np.ndarray, other: np.ndarray) -> np.ndarray | float:
+        return one[:, :, None] * other[:, None, :] / max(self.rows, 1) if self.layout.biased else 0.0
+
+
+def _draw(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    return np.arange(count) if count <= most else np.sort(rng.choice(count, most, replace=False))

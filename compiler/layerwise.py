@@ -1,0 +1,245 @@
+"""The float and the quantized network run side by side over few images, layer by layer, nothing run twice.
+
+Both graphs are cut at their linear layers. What later nodes still read is held in memory for all images, and a segment
+runs on that alone. At a layer, the walk has what the float network reads and gives, and what the layer reads behind
+the layers that are quantized already; `choose` picks its weight from the sums over those (gram.py), the layer runs
+with it, its mean error becomes a shift of its bias, and the walk goes on. So every layer is fitted to the FP32 output
+on the quantized prefix (AdaQuant: Hubara et al. 2020, "Improving Post Training Neural Quantization"), and its bias is
+corrected there (Nagel et al. 2019, section 4.2, layer after layer).
+
+    target_l = y_l + (r_l - r^_l)       shift_l[c] = mean over images and positions of (target_l - y^_l) in channel c
+
+where r is what a residual Add adds to the layer's output, if that is known already: the layer then also makes up for
+the error that the skip branch carries, and errors do not pile up along it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from ..passes.weight_writer import dequantize
+from . import gram
+from .layers import LINEAR
+from .stream import Arrays, Stream
+from .types import Progress, StoredWeight, silent
+
+#: Rows of a layer's Gram matrix: so many, or so many times its inputs if that is more, if the images have them.
+ROWS, ROWS_PER_INPUT = 16384, 8
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One layer to choose a weight for: its node in the float model, and the sums over what it reads and shall give."""
+
+    node: ir.Node
+    weight: np.ndarray
+    moments: gram.Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The weight chosen for a layer, and the objective of plain rounding and of the choice (see passes/rounding.py)."""
+
+    stored: StoredWeight
+    objective_nearest: float
+    objective_chosen: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStep:
+    """What one layer was found to be on the quantized prefix. Ratios of energies in dB over all images.
+
+    `sqnr_in_db` and `sqnr_out_db` are those of its input and (shifted) output against the float network;
+    `sqnr_own_db` is the rounding of its weight alone, on the inputs it really gets. `shift` (float64, one per output
+    channel) is what its bias needs; None where it takes none. `stored` is None with a `reason` where nothing was
+    chosen.
+    """
+
+    node: str
+    sqnr_in_db: float
+    sqnr_out_db: float
+    sqnr_own_db: float | None = None
+    shift: np.ndarray | None = None
+    stored: StoredWeight | None = None
+    objective_nearest: float | None = None
+    objective_chosen: float | None = None
+    reason: str | None = None
+
+
+#: Chooses a layer's weight, or says why it stays as it is.
+Choose = Callable[[Site], Choice | str]
+
+
+def walk(
+    original: ir.Model,
+    quantized: ir.Model,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    choose: Choose | None = None,
+    *,
+    correct: bool = True,
+    follow_skips: bool = True,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Progress = silent,
+) -> tuple[LayerStep, ...]:
+    """Return a step for each linear layer that both models have, in topological order; neither model is changed.
+
+    `quantized` was made from `original` by passes/quantize.py. `feeds` are batches of inputs. Without `choose` the
+    quantized model's own weights are measured. `correct=False` leaves biases alone, `follow_skips=False` the errors of
+    skip branches.
+    """
+    twins = {node.name: node for node in quantized.graph}
+    layers = [(n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name))]
+    pair = _Pair(Stream(original, feeds, threads), Stream(quantized, feeds, threads), twins)
+    options = _Options(choose, correct, follow_skips, np.random.default_rng(seed))
+    steps = []
+    for node, twin in layers:
+        steps.append(_step(node, twin, pair, options))
+        progress("rounding the layers", len(steps), len(layers))
+    return tuple(steps)
+
+
+def is_layer(node: ir.Node) -> bool:
+    """Say whether a node is linear with a constant float weight."""
+    if node.op_type not in LINEAR or node.domain not in ("", "ai.onnx"):
+        return False
+    weight = node.inputs[1]
+    return weight is not None and weight.const_value is not None and weight.const_value.dtype == ir.DataType.FLOAT
+
+
+def peak_bytes(model: ir.Model, feed: Mapping[str, np.ndarray], threads: int = 0) -> int:
+    """Return the most bytes of tensors that one walk over this batch holds at a time."""
+    stream, peak = Stream(model, [feed], threads), 0
+    for node in model.graph:
+        if is_layer(node):
+            source = stream.pull(node.inputs[0])
+            peak = max(peak, stream.bytes + sum(a.nbytes for a in source))
+            stream.pull(node.outputs[0])
+            peak = max(peak, stream.bytes + sum(a.nbytes for a in source))
+    return peak
+
+
+# ------------------------------------------------------------------------------------------- one layer
+
+
+@dataclass(frozen=True)
+class _Options:
+    choose: Choose | None
+    correct: bool
+    follow_skips: bool
+    rng: np.random.Generator
+
+
+@dataclass(frozen=True)
+class _Pair:
+    exact: Stream
+    coarse: Stream
+    twins: Mapping[str | None, ir.Node]
+
+
+def _same(node: ir.Node, twin: ir.Node | None) -> bool:
+    return twin is not None and twin.op_type == node.op_type
+
+
+def _step(node: ir.Node, twin: ir.Node, pair: _Pair, options: _Options) -> LayerStep:
+    x, coarse_x = pair.exact.pull(node.inputs[0]), pair.coarse.pull(twin.inputs[0])
+    sqnr_in = _decibels(x, coarse_x)
+    del x
+    y = pair.exact.pull(node.outputs[0])
+    target = _target(node, y, pair) if options.follow_skips else y
+    weight = twin.inputs[1]
+    assert weight is not None
+    quantized = not weight.is_initializer()
+    picked = _pick(node, coarse_x, target, options) if quantized else _Picked(reason="left in float")
+    del coarse_x
+    if picked.choice is not None:
+        array = dequantize(picked.choice.stored)
+        pair.coarse.fix(weight, array.T if _turned(node, twin) else array)
+    coarse_y = pair.coarse.pull(twin.outputs[0])
+    shift = None
+    if options.correct and quantized and node.op_type != "MatMul":  # MatMul has no bias
+        shift = _shift(target, coarse_y, 1 if node.op_type.startswith("Conv") else coarse_y[0].ndim - 1)
+    choice = picked.choice
+    return LayerStep(
+        node=node.name or "",
+        sqnr_in_db=sqnr_in,
+        sqnr_out_db=_decibels(y, coarse_y),
+        sqnr_own_db=picked.own_db,
+        shift=shift,
+        stored=choice.stored if choice else None,
+        objective_nearest=choice.objective_nearest if choice else None,
+        objective_chosen=choice.objective_chosen if choice else None,
+        reason=picked.reason,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Picked:
+    choice: Choice | None = None
+    own_db: float | None = None
+    reason: str | None = None
+
+
+def _pick(node: ir.Node, x: Arrays, target: Arrays, options: _Options) -> _Picked:
+    if options.choose is None:
+        return _Picked(reason="measured only")
+    assert node.inputs[1] is not None and node.inputs[1].const_value is not None
+    weight = node.inputs[1].const_value.numpy()
+    layout = gram.layout(node, weight.shape)
+    if isinstance(layout, str):
+        return _Picked(reason=layout)
+    moments = gram.Moments(replace(layout, biased=layout.biased and options.correct))
+    most = math.ceil(max(ROWS, ROWS_PER_INPUT * layout.inputs) / len(x))
+    for one, wanted in zip(x, target, strict=True):
+        moments.add(*layout.rows(one, wanted, most, options.rng))
+    choice = options.choose(Site(node, weight, moments))
+    if isinstance(choice, str):
+        return _Picked(reason=choice)
+    error = layout.matrix(dequantize(choice.stored).astype(np.float64) - weight)
+    return _Picked(choice, _ratio_db(moments.energy, float(((error @ moments.gram()) * error).sum())))
+
+
+def _turned(node: ir.Node, twin: ir.Node) -> bool:
+    """Say whether the quantized model stores a Gemm's weight the other way round."""
+    return node.attributes.get_int("transB", 0) != twin.attributes.get_int("transB", 0)
+
+
+def _target(node: ir.Node, y: Arrays, pair: _Pair) -> Arrays:
+    """Return y, with the error added that a residual Add behind the layer gets from its other input, if known."""
+    uses = tuple(node.outputs[0].uses())
+    add = uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+    twin = pair.twins.get(add.name) if add is not None else None
+    if add is None or twin is None or add.op_type != "Add" or twin.op_type != "Add":
+        return y
+    other, coarse_other = add.inputs[1 - uses[0].idx], twin.inputs[1 - uses[0].idx]
+    if not (pair.exact.within_reach(other) and pair.coarse.within_reach(coarse_other)):
+        return y
+    skip, coarse_skip = pair.exact.pull(other), pair.coarse.pull(coarse_other)
+    if skip[0].shape != y[0].shape:
+        return y
+    return [a + (s - c) for a, s, c in zip(y, skip, coarse_skip, strict=True)]
+
+
+def _shift(target: Arrays, got: Arrays, axis: int) -> np.ndarray:
+    """Add to `got`, in place, what it lacks on average in each channel (the index of `axis`), and return that."""
+    others = tuple(i for i in range(got[0].ndim) if i != axis)
+    total = sum((t - g).sum(axis=others, dtype=np.float64) for t, g in zip(target, got, strict=True))
+    shift: np.ndarray = np.asarray(total) / sum(g.size // g.shape[axis] for g in got)
+    for array in got:
+        array += shift.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(array.ndim)])
+    return shift
+
+
+def _decibels(exact: Arrays, coarse: Arrays) -> float:
+    signal = sum(float(np.square(a, dtype=np.float64).sum()) for a in exact)
+    error = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in zip(exact, coarse, strict=True))
+    return _ratio_db(signal, error)
+
+
+def _ratio_db(signal: float, error: float) -> float:
+    return 10 * math.log10(max(signal, 1e-300) / max(error, 1e-300))

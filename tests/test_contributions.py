@@ -1,0 +1,166 @@
+"""Switches for every rounding: all on is the quantized model, one on is a dense computation; and the additive model."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from edgec.backends import ort as ort_backend
+from edgec.compiler.contributions import Contributions, _fit, measure
+from edgec.compiler.quantizer import Quantizer
+from edgec.compiler.switchboard import Source, Switchboard
+from edgec.compiler.units import wire
+from edgec.passes.placement import place
+from test_quantize import build, ranges_of, residual, run, weight
+
+SCHEME = replace(ort_backend.SCHEMES[0][1], shield_float=False)
+TAIL = """g (float[N, 8, 6, 6] x) => (float[N, 8, 1, 1] y, float[N, 5] z) {
+  a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+  r = Relu (a)
+  p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)
+  c = Conv (p, w2)
+  y = GlobalAveragePool (c)
+  f = Flatten (y)
+  z = Gemm <transB = 1> (f, w3, b3) }"""
+
+
+@dataclass
+class Batch:
+    feed: dict
+    count: int
+    labels: None = None
+
+
+class Lab:
+    """A float model with its full quantization and its switchboard."""
+
+    def __init__(self, model: ir.Model, feed):
+        self.model, self.feed = model, feed
+        ranges = ranges_of(model, ort_backend.SUPPORTS, feed)
+        self.quantizer = Quantizer(model, ort_backend.SUPPORTS, SCHEME, ranges)
+        self.wiring = wire(model, place(model, ranges, ort_backend.SUPPORTS, SCHEME, {}))
+        self.quantized = self.quantizer.build().model
+        self.board = Switchboard(model, self.quantized, self.wiring, threads=1)
+        self.units = [unit.name for unit in self.wiring.units]
+
+    def on(self, *units):
+        return self.board.run(self.feed, self.board.indices(units))
+
+    def built(self, *units):
+        """The outputs of the model in which these units are quantized, as the pass writes it."""
+        return run(self.quantizer.build({u: "float" for u in self.units if u not in units}).model, self.feed)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Lab(residual(), {"x": weight(4, 8, 6, 6)})
+
+
+@pytest.fixture(scope="module")
+def tail():
+    shapes = {"w1": (8, 8, 3, 3), "b1": (8,), "w2": (8, 8, 1, 1), "w3": (5, 8), "b3": (5,)}
+    return Lab(build(TAIL, **{n: weight(*s) for n, s in shapes.items()}), {"x": weight(4, 8, 6, 6)})
+
+
+@pytest.mark.parametrize("which", ["lab", "tail"])
+def test_nothing_on_is_the_float_model_and_all_on_the_quantized_one(which, request):
+    lab = request.getfixturevalue(which)
+    for ours, theirs in zip(lab.on(), run(lab.model, lab.feed), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())  # fused kernels differ
+    for ours, theirs, exact in zip(lab.on(*lab.units), run(lab.quantized, lab.feed), lab.on(), strict=True):
+        # a sum that falls on the edge between two integers may go either way: few do, by one step
+        assert np.abs(ours - theirs).mean() < 0.02 * np.abs(exact - theirs).mean()
+        assert np.abs(exact - theirs).mean() > 0
+
+
+@pytest.mark.parametrize("units", [("Conv_0",), ("Conv_5",), ("Conv_0", "Add_3", "Conv_5")])
+def test_some_on_is_the_model_with_only_these_quantized(lab, units):
+    (ours,), (theirs,), (exact,) = lab.on(*units), lab.built(*units), lab.on()
+    assert np.abs(ours - theirs).mean() < 0.02 * np.abs(exact - theirs).mean()
+
+
+def test_one_weight_alone_is_its_dense_computation(lab):
+    """Conv_5 is 3x3 and last: its error is the convolution of its exact input with the error of its weights."""
+    index = next(i for i, s in enumerate(lab.board.sources) if (s.kind, s.name) == ("weight", "Conv_5"))
+    w = lab.model.graph.initializers["w3"].const_value.numpy().astype(np.float64)
+    step = np.abs(w).reshape(8, -1).max(1).reshape(8, 1, 1, 1) / 127
+    proto = ir.to_proto(lab.model)
+    proto.graph.output.append(next(v for v in proto.graph.value_info if v.name == "rs"))
+    exact_y, rs = (v.astype(np.float64) for v in run(proto, lab.feed, ["y", "rs"]))
+    padded = np.pad(rs, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    error = np.einsum("nchwij,ocij->nohw", windows, np.rint(w / step) * step - w)
+    (ours,) = lab.board.run(lab.feed, [index])
+    # the bias is rounded too, to a step some hundred times finer
+    np.testing.assert_allclose(ours - exact_y, error, atol=0.02 * np.abs(error).max())
+
+
+def test_sources_say_which_units_set_them_to_work(lab):
+    found = {(s.kind, s.name): set(s.units) for s in lab.board.sources}
+    assert found == {
+        ("weight", "Conv_0"): {"Conv_0"},
+        ("weight", "Conv_2"): {"Conv_2"},
+        ("weight", "Conv_5"): {"Conv_5"},
+        ("tensor", "x"): {"Conv_0"},
+        ("tensor", "ra"): {"Conv_0", "Conv_2", "Add_3"},
+        ("tensor", "b"): {"Conv_2", "Add_3"},
+        ("tensor", "rs"): {"Add_3", "Conv_5"},
+        ("tensor", "y"): {"Conv_5"},
+    }
+
+
+def test_a_moved_tensor_is_rounded_once(tail):
+    """The MaxPool moves integers: the tensor behind it is no source of its own."""
+    names = [s.name for s in tail.board.sources if s.kind == "tensor"]
+    assert "r" in names and "p" not in names
+    assert not any(s.name == "z" for s in tail.board.sources if s.kind == "tensor"), "Gemm gives floats"
+
+
+def test_measured_contributions_add_up(lab):
+    seen = []
+    found = measure(lab.board, lab.wiring, [Batch(lab.feed, 4)], images=4, progress=lambda *told: seen.append(told))
+    assert (found.alone > 0).all()
+    assert found.cumulative[lab.units[-1]] == pytest.approx(found.full, rel=1e-9)
+    assert list(found.cumulative) == lab.units
+    (exact,), (rounded,) = lab.on(), lab.on(*lab.units)
+    energy = ((rounded - exact).astype(np.float64) ** 2).sum() / (exact.astype(np.float64) ** 2).sum()
+    assert found.full == pytest.approx(energy, rel=1e-6)
+    assert abs(10 * np.log10(found.predict(lab.units) / found.full)) < 1.5  # dB: what the issue asks of the model
+    assert sum(found.by_unit().values()) == pytest.approx(found.alone.sum(), rel=1e-12)
+    assert found.images == 4
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_the_error_is_relative_to_each_output_and_averaged(tail):
+    found = measure(tail.board, tail.wiring, [Batch(tail.feed, 4)], images=4, subsets=0, cumulative=False)
+    exact, rounded = tail.on(), tail.on(*tail.units)
+    shares = [
+        ((b - a).astype(np.float64) ** 2).sum() / (a.astype(np.float64) ** 2).sum()
+        for a, b in zip(exact, rounded, strict=True)
+    ]
+    assert found.full == pytest.approx(np.mean(shares), rel=1e-6)
+    assert found.factor == 1.0 and not found.cumulative
+
+
+def test_a_deadline_ends_after_the_first_batch(lab):
+    batches = [Batch(lab.feed, 4)] * 3
+    found = measure(lab.board, lab.wiring, batches, images=12, deadline=0.0, subsets=2, cumulative=False)
+    whole = measure(lab.board, lab.wiring, batches[:1], images=4, subsets=2, cumulative=False)
+    assert found.images == 4
+    np.testing.assert_allclose(found.alone, whole.alone, rtol=1e-12)
+
+
+def test_the_factor_is_the_mean_in_decibels():
+    alone = np.array([1.0, 3.0])
+    factor, misfit = _fit(alone, [[0], [1], [0, 1]], np.array([0.5, 1.5, 2.0]))
+    assert factor == pytest.approx(0.5)
+    assert misfit == pytest.approx(0.0, abs=1e-9)
+    assert _fit(alone, [], np.array([])) == (1.0, 0.0)
+
+
+def test_prediction_counts_a_shared_tensor_once():
+    sources = (Source("tensor", "t", ("a", "b")), Source("weight", "b", ("b",)))
+    found = Contributions(sources, np.array([1.0, 2.0]), 0.5, 0.0, 1.0, {}, 1)
+    assert found.predict(["a"]) == 0.5
+    assert found.predict(["a", "b"]) == 1.5
+    assert found.predict([]) == 0.0
