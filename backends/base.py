@@ -42,6 +42,8 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     supports: ClassVar[tuple[OpSupport, ...]]
+    #: Whether `lower` casts a float32 model to float16 by itself, where the precision asks for it.
+    casts: ClassVar[bool]
 
     def unavailable(self) -> UserError | None:
         """Return why the backend cannot run on this machine, or None."""

@@ -35,6 +35,7 @@ def _scheme(name: str, activation: Literal["uint8", "int8"], source: str, weight
         weight_max=weight_max,
         weight_max_8bit=weight_max,
         shield_float=True,
+        nhwc_kernels=True,
         cast_weights=True,
         source=source,
     )
@@ -131,6 +132,7 @@ class OnnxRuntime:
     name: ClassVar[str] = "ort"
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
     attention: ClassVar[tuple[OpSupport, ...]] = ATTENTION
+    casts: ClassVar[bool] = False
 
     def unavailable(self) -> UserError | None:
         """Return None: onnxruntime is a dependency of edgec."""

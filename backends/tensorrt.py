@@ -89,6 +89,7 @@ class TensorRT:
     name: ClassVar[str] = "tensorrt"
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
     attention: ClassVar[tuple[OpSupport, ...]] = ATTENTION
+    casts: ClassVar[bool] = True
 
     def unavailable(self) -> UserError | None:
         """Return why no engine can be built here."""

@@ -123,7 +123,7 @@ def folded(case: Case, data: Path, work: Path) -> Path:
         if not source.exists():
             resnet50(out)
             source = out
-        model, _ = pipeline.run(model_io.load(source), pipeline.exact_passes(for_integers=True), None)
+        model, _ = pipeline.run(model_io.load(source), pipeline.exact_passes(13), None)
         model_io.save(model, out)
     return out
 

@@ -34,11 +34,11 @@ class ChannelExtremes:
 
 
 def collect_channels(
-    model: ir.Model, axes: Mapping[str, int], batches: Iterable[Batch], threads: int = 0
+    model: ir.Model, axes: Mapping[str, int | None], batches: Iterable[Batch], threads: int = 0
 ) -> dict[str, ChannelExtremes]:
     """Run `model` over the batches and return the extremes along `axes` (tensor name -> its channel axis).
 
-    Tensors that the main graph does not have, or whose rank is unknown, are left out; `model` is not changed.
+    An axis of None takes the tensor for one channel: shape (1,). Tensors that the main graph does not have, or whose rank is unknown, are left out; `model` is not changed.
     """
     twin = model_io.copy(model)
     held = values(twin.graph)
@@ -49,7 +49,7 @@ def collect_channels(
         if value is None or value.shape is None:
             continue
         rank = len(value.shape)
-        others = [i for i in range(rank) if i != axis % rank]
+        others = [i for i in range(rank) if axis is None or i != axis % rank]
         for op in ("ReduceMin", "ReduceMax"):
             _append_reduction(twin, op, value, others)
         names.append(name)
@@ -62,7 +62,7 @@ def collect_channels(
         for batch in batches:
             out = session.run(batch.feed)
             for name in names:
-                least, most = (out[f"{name}::{op}"].astype(np.float64) for op in ("ReduceMin", "ReduceMax"))
+                least, most = (np.atleast_1d(out[f"{name}::{op}"].astype(np.float64)) for op in ("ReduceMin", "ReduceMax"))
                 low[name] = np.minimum(low.get(name, least), least)
                 high[name] = np.maximum(high.get(name, most), most)
     return {name: ChannelExtremes(low[name], high[name]) for name in low}

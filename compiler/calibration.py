@@ -10,13 +10,14 @@ from ..calib import cache, folder
 from ..calib import preprocess as preprocessing
 from ..calib import ranges as calib_ranges
 from ..passes.placement import observed_tensors
+from ..passes.quant_params import needed_opset
 from . import devices, pipeline
 from . import model as model_io
 from .errors import DataError, DeviceError
 from .job import honest_specs
 from .proof import Prover
 from .quantizer import DEFAULT_METHOD, choose_ranges
-from .types import Progress, Range
+from .types import Progress, QuantScheme, Range
 
 
 def calibrate(
@@ -35,15 +36,15 @@ def calibrate(
     profile = devices.find(device)
     backend = backends.load(profile.backends[0])
     scheme = backend.schemes(profile)["int8"]
-    if isinstance(scheme, str):
-        raise DeviceError(scheme, where=f"--device {device}", fix="choose a device with INT8: edgec devices")
+    if not isinstance(scheme, QuantScheme):
+        raise DeviceError(str(scheme), where=f"--device {device}", fix="choose a device with INT8: edgec devices")
     original = model_io.load(path)
     specs = honest_specs(path, original)
     if not specs:
         raise DataError("the model has no input", where=str(path), fix="there is nothing to calibrate")
     pre = preprocessing.resolve(preprocess, path, specs[0])
     data = folder.open_folder(images, pre, specs)
-    model, _ = pipeline.run(original, pipeline.exact_passes(for_integers=True), Prover(original))
+    model, _ = pipeline.run(original, pipeline.exact_passes(needed_opset(scheme)), Prover(original))
     chosen = DEFAULT_METHOD if method == "auto" else method
     found = cache.collect_cached(
         model,

@@ -17,24 +17,27 @@ from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..backends.ort import Session
-from ..calib import cache
 from ..calib import ranges as calib_ranges
-from ..passes.placement import observed_tensors
-from . import bundle, devices, fidelity, files, guard, job, layers, pipeline, wording
+from ..passes.quant_params import needed_opset
+from . import bundle, devices, fidelity, files, guard, half, job, layers, pipeline, wording
 from . import model as model_io
 from .errors import BudgetError
 from .job import Job
 from .options import Options
 from .proof import Prover
-from .quantizer import AUTO_METHODS, Quantized, Quantizer, choose_ranges, closest, edges
+from .quantizer import Quantized, Quantizer, edges
 from .report import text
+from .search import Found, search
 from .types import (
     Attempt,
     CalibrationSummary,
     Fidelity,
     Measurement,
+    PassRecord,
     Progress,
+    QuantScheme,
     Report,
+    StepRecord,
     silent,
 )
 
@@ -51,13 +54,19 @@ FREE = 0.96
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model on disk that may become the result."""
+    """A model on disk that may become the result.
+
+    `judged` is the file to judge its quality by where that is another one: types that nothing here computes in are
+    rounded by hand. `fused`: ONNX Runtime may use its integer kernels for it.
+    """
 
     name: str
     precision: str
     path: Path
     model: ir.Model
-    quantized: Quantized | None = None
+    records: tuple[PassRecord, ...] = ()
+    judged: Path | None = None
+    fused: bool = True
 
 
 def compile(model: Path, out: Path, options: Options, progress: Progress = silent) -> Report:
@@ -82,22 +91,26 @@ def _compile(
     original = model_io.load(path)
     this = job.resolve(path, original, options, progress)
     prover = Prover(original, verify=options.verify)
-    exact = pipeline.exact_passes(for_integers=job.wants_integers(this))
-    float_model, records = pipeline.run(model_io.copy(original), exact, prover)
+    scheme = job.quant_scheme(this)
+    opset = None if scheme is None else needed_opset(scheme)
+    float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
     baseline = _save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
-    found = _quantize(this, float_model, work)
+    found = _Found()
+    if scheme is not None:
+        found = _quantize(this, float_model, scheme, prover, work)
+    elif job.wants_float16(this):
+        found = _Found(candidates=(_half(this, float_model, work),))
     candidates = [baseline, *found.candidates]
     measured, judged = _measure(this, candidates), _judge(this, candidates)
     if found.quantizer is not None and _should_widen(this, candidates, measured, judged):
-        more = _widen(found.quantizer, work)
+        more = _widen(this, found.quantizer, work)
         candidates += more
         judged |= _judge(this, more)
         measured = _measure(this, [c for c in candidates if c not in more or not _loses(this, judged[c.name])])
     named = None if options.precision == "auto" else options.precision
     attempts = guard.choose([_attempt(c, measured, judged) for c in candidates], options.budget, named=named)
     chosen, attempt = next((c, a) for c, a in zip(candidates, attempts, strict=True) if a.chosen)
-    if chosen.quantized is not None:
-        records.append(chosen.quantized.record)
+    records += [*found.records, *chosen.records] if chosen is not baseline else []
     refusals = tuple(r for record in records for r in record.refusals)
     report = Report(
         model=path.name,
@@ -114,6 +127,7 @@ def _compile(
         size_before_bytes=model_io.size_bytes(path),
         size_after_bytes=attempt.size_bytes,
         passes=tuple(records),
+        steps=found.steps,
         attempts=attempts,
         layers=layers.describe(chosen.model, found.quantizer.errors if found.quantizer else {}, refusals),
         refusals=refusals,
@@ -136,68 +150,45 @@ def _compile(
 
 @dataclass(frozen=True)
 class _Found:
-    """What quantization gave: nothing at all where only exact passes run."""
+    """What lossy passes gave: nothing at all where only exact passes run."""
 
     calibration: CalibrationSummary | None = None
     quantizer: Quantizer | None = None
     candidates: tuple[Candidate, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    records: tuple[PassRecord, ...] = ()
     why_not: str | None = None
 
 
-def _quantize(this: Job, model: ir.Model, work: Path) -> _Found:
-    scheme = this.backend.schemes(this.profile)["int8"]
-    if not job.wants_integers(this) or isinstance(scheme, str):
-        return _Found()
+def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, work: Path) -> _Found:
     if layers.is_quantized(model):
         return _Found(why_not="the model holds quantized operators already: only exact passes ran")
-    empty = Quantizer(model, this.backend.supports, scheme, {})
-    if this.options.ranges is not None:
-        calibration, quantizer = None, replace(empty, ranges=calib_ranges.from_json(this.options.ranges))
+    if this.images is None:
+        ranges = {} if this.options.ranges is None else calib_ranges.from_json(this.options.ranges)
+        found = Found(Quantizer(model, this.backend.supports, scheme, ranges))
     else:
-        calibration, quantizer = _calibrate(this, empty)
+        found = search(this, model, scheme, prover)
+    quantizer = _with_float_edges(this, found.quantizer)
     quantized = quantizer.build()
-    if not quantized.record.modified:
-        return _Found(calibration, why_not="no node of the model can be quantized: only exact passes ran")
-    return _Found(calibration, quantizer, (_candidate("int8", quantized, work),))
+    if not quantized.modified:
+        return _Found(found.calibration, why_not="no node of the model can be quantized: only exact passes ran")
+    candidate = _candidate(this, precision(this), quantized, work)
+    return _Found(found.calibration, quantizer, (candidate,), found.steps, found.records)
 
 
-def _calibrate(this: Job, empty: Quantizer) -> tuple[CalibrationSummary, Quantizer]:
-    """Sweep the images once, try the methods, and keep the one whose outputs are closest to the float model's."""
-    assert this.images is not None
-    methods = AUTO_METHODS if this.options.method == "auto" else (this.options.method,)
-    start = time.perf_counter()
-    found = cache.collect_cached(
-        empty.model,
-        observed_tensors(empty.model, empty.supports),
-        this.images,
-        histogram=methods != ("minmax",),
-        seed=this.options.seed,
-        threads=this.threads,
-        progress=this.progress,
-    )
-    seconds = time.perf_counter() - start
-    tried = []
-    for method in methods:
-        ranges = choose_ranges(found.statistics, method, empty.scheme)
-        quantizer = replace(empty, ranges=ranges, method=method)
-        tried.append(quantizer.corrected(this.images, this.threads, this.progress))
-    best = _with_float_edges(this, closest(tried, this.images, this.threads, this.progress))
-    summary = CalibrationSummary(
-        folder=str(this.options.calib),
-        images=len(this.images),
-        held_out=0 if this.options.eval or this.judged is None else len(this.judged),
-        method=best.method,
-        skipped=tuple(this.images.skipped),
-        images_per_second=None if found.cached else len(this.images) / seconds,
-        cached=found.cached,
-        key=found.key,
-    )
-    return summary, best
+def _half(this: Job, model: ir.Model, work: Path) -> Candidate:
+    found, path, judged = half.write(this, model, work)
+    return Candidate("fp16", "fp16", path, found.model, found.records, judged)
+
+
+def precision(this: Job) -> str:
+    """Return the name of the precision that is tried beside float32."""
+    return "int8" if this.options.precision == "auto" else this.options.precision
 
 
 def _with_float_edges(this: Job, quantizer: Quantizer) -> Quantizer:
     """Leave first and last layers in float where that is measured to cost no time (within 4 %)."""
-    if this.target is None:
+    if this.target is None or quantizer.scheme.activation is None or "mixed-precision" in this.options.without:
         return quantizer
     choices = edges(quantizer)
     with TemporaryDirectory() as place:
@@ -205,7 +196,7 @@ def _with_float_edges(this: Job, quantizer: Quantizer) -> Quantizer:
         for i, keep in enumerate([{}, *choices]):
             path = Path(place) / f"{i}.onnx"
             model_io.save(quantizer.build(keep).model, path)
-            runners[str(i)] = this.backend.open(this.backend.lower(path, this.profile, "int8"), this.threads)
+            runners[str(i)] = this.backend.open(this.backend.lower(path, this.profile, precision(this)), this.threads)
         if len(runners) == 1:
             return quantizer
         measured = this.target.measure(runners, _feed(this), baseline="0", threads=this.threads, seconds=2.0)
@@ -220,10 +211,11 @@ def _should_widen(
     this: Job, candidates: Sequence[Candidate], measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]
 ) -> bool:
     """Step back only where it can help: the budget is broken, and matters, and integers are faster to begin with."""
-    if this.options.precision == "int8" and not this.options.budget.drop_stated:
+    named = this.options.precision != "auto"
+    if named and not this.options.budget.drop_stated:
         return False
     attempt = _attempt(candidates[-1], measured, judged)
-    pays = guard.shown_faster(attempt) or attempt.measurement.median_ms is None or this.options.precision == "int8"
+    pays = guard.shown_faster(attempt) or attempt.measurement.median_ms is None or named
     return pays and attempt.fidelity is not None and _loses(this, attempt.fidelity)
 
 
@@ -231,13 +223,18 @@ def _loses(this: Job, found: Fidelity) -> bool:
     return found.drop is not None and found.drop > this.options.budget.max_drop
 
 
-def _widen(quantizer: Quantizer, work: Path) -> list[Candidate]:
-    return [_candidate(f"int8, {len(keep)} in float", quantizer.build(keep), work) for keep in quantizer.widened()]
+def _widen(this: Job, quantizer: Quantizer, work: Path) -> list[Candidate]:
+    name = precision(this)
+    return [
+        _candidate(this, f"{name}, {len(keep)} in float", quantizer.build(keep), work) for keep in quantizer.widened()
+    ]
 
 
-def _candidate(name: str, quantized: Quantized, work: Path) -> Candidate:
+def _candidate(this: Job, name: str, quantized: Quantized, work: Path) -> Candidate:
     path = work / f"{name.replace(', ', '-').replace(' ', '-')}.onnx"
-    return _save(Candidate(name, "int8", path, quantized.model, quantized))
+    scheme = job.quant_scheme(this)
+    fused = scheme is None or not scheme.simulated
+    return _save(Candidate(name, precision(this), path, quantized.model, quantized.records, fused=fused))
 
 
 def _save(candidate: Candidate) -> Candidate:
@@ -273,7 +270,7 @@ def _judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
         return {}
     return fidelity.compare(
         Session(this.path, threads=this.threads, optimise=False),
-        {c.name: Session(c.path, threads=this.threads) for c in candidates},
+        {c.name: Session(c.judged or c.path, threads=this.threads, fuse_quantized=c.fused) for c in candidates},
         this.judged.batches(8),
         images=len(this.judged),
         metric=this.metric,

@@ -107,13 +107,14 @@ def mixed_problem(
 ) -> Problem:
     """Return the choice between float and integers for every unit. Measures: `ms`, `error`, and those of `extra`.
 
+    `error` is what the sources' own errors add up to; Contributions has what to expect of such a sum, and the reverse.
     `extra` maps a measure to unit -> (amount in float, amount on integers): bytes, or MACs left in float.
     """
     on, off = frozenset({INTEGER}), frozenset({FLOAT})
     handed_on = {link.tensor for link in wiring.links if link.producer}
     fixed = Term({"ms": sum(ms for home, ms in costs.float_ms.items() if home not in handed_on)})
     terms = [term for link in wiring.links for term in _link_terms(link, costs, on, off)]
-    for source, energy in zip(contributions.sources, contributions.predicted, strict=True):
+    for source, energy in zip(contributions.sources, contributions.alone, strict=True):
         terms.append(Term({"error": float(energy)}, tuple(((unit, on),) for unit in source.units)))
     for measure, table in (extra or {}).items():
         for unit, (in_float, on_integers) in table.items():

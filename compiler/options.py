@@ -11,6 +11,8 @@ from .errors import UserError
 from .types import Budget
 
 PRECISIONS = ("auto", "fp32", "fp16", "int8", "fp8", "int4", "w4a8")
+#: The steps of quantization that `--without` can leave out, in their order.
+STEPS = ("smooth", "equalize", "ranges", "bias-correction", "rounding", "mixed-precision")
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}
@@ -31,7 +33,9 @@ class Options:
     preprocess: str | None = None
     precision: str = "auto"
     method: str = "auto"
+    without: tuple[str, ...] = ()
     budget: Budget = Budget()
+    time_budget: float | None = None
     threads: int = 0
     seed: int = 0
     verify: bool = False

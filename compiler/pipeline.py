@@ -23,13 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Per-channel DequantizeLinear and the integer forms of Pad and MaxPool need opset 13.
-INTEGER_OPSET = 13
 
-
-def exact_passes(*, for_integers: bool) -> list[Pass]:
-    """Return the passes that change no number: what every compile runs."""
-    raise_opset = registry.load("raise-opset")(target=INTEGER_OPSET) if for_integers else None  # type: ignore[call-arg]  # each pass has options of its own
+def exact_passes(opset: int | None = None) -> list[Pass]:
+    """Return the passes that change no number: what every compile runs. `opset` is the lowest that is needed."""
+    raise_opset = registry.load("raise-opset")(target=opset) if opset else None  # type: ignore[call-arg]  # each pass has options of its own
     passes = [raise_opset, registry.load("normalise")(), registry.load("fold-batch-norm")()]
     return [p for p in passes if p is not None]
 

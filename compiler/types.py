@@ -156,6 +156,7 @@ class QuantScheme:
     `shield_float`: the runtime quantizes a float layer that it finds between DequantizeLinear and
     QuantizeLinear by itself, with one scale for all channels; a layer kept in float must be shielded from that.
     `simulated`: nothing here runs this type by itself; accuracy is measured on rounded floats.
+    `nhwc_kernels`: the runtime's integer kernels want NHWC, its float layers NCHW (see passes/anchor_layout.py).
     `cast_weights`: the runtime's kernels take no packed weights, but it folds a Cast when it loads the model: weights
     pass through one on their way (see passes/weight_writer.py). `weight_max_8bit`: the largest magnitude of the
     weights of those layers that stay at 8 bits where the scheme's own weights have 4.
@@ -176,6 +177,7 @@ class QuantScheme:
     source: str = ""
     cast_weights: bool = False
     weight_max_8bit: int = 127
+    nhwc_kernels: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +259,22 @@ class PassRecord:
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     proof: Proof | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step on the way to few bits, which `--without NAME` leaves out: what it tried and what it gained.
+
+    The SQNR (worst output, dB) is that of the quantized model on calibration images before and after; None where it
+    was not measured. `kept` is False for a step that gained nothing and was taken back; `detail` says what was chosen.
+    """
+
+    name: str
+    kept: bool
+    sqnr_before_db: float | None
+    sqnr_after_db: float | None
+    seconds: float
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -419,6 +437,7 @@ class Report:
     size_before_bytes: int
     size_after_bytes: int
     passes: tuple[PassRecord, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
     attempts: tuple[Attempt, ...] = ()
     layers: tuple[Layer, ...] = ()
     refusals: tuple[Refusal, ...] = ()

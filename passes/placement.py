@@ -8,7 +8,7 @@ kernels   A node is quantized where the backend has an integer kernel for it: it
           QuantizeLinear. Every consumer of that output then reads the dequantized tensor, since the float one
           no longer exists. A `combine` node (Add, Concat, …) joins only if an input of it is an integer
           already and a layer behind it works on integers too; a `move` node (Reshape, MaxPool, …) works on
-          the integers themselves.
+          the integers themselves, and so does a Concat of inputs that can share one scale (placement_join.py).
 inputs    Q/DQ stands in front of layers and of what TensorRT fuses with them (placement_inputs.py).
 
 A scheme without an activation type takes the linear candidates and gives no tensor a scale.
@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from ..compiler.types import OpSupport, QuantScheme, Range, Refusal
 from .placement_inputs import in_front
+from .placement_join import share_scales
 from .placement_rules import NEEDS, Facts, different_ranges
 
 #: Activations that a kernel's own rounding performs for free when the quantized range ends where they clip.
@@ -42,13 +43,15 @@ class Placement:
 
     `nodes` maps each quantized node to its role; `ranges` each tensor with a scale of its own to its range;
     `produced` holds the tensors that will exist as integers only; `reads` the (node, input index) pairs that
-    shall read a dequantized tensor although the float one exists.
+    shall read a dequantized tensor although the float one exists. `joined` are the Concats whose inputs all have the
+    output's scale: they work on the integers themselves.
     """
 
     nodes: dict[ir.Node, str] = field(default_factory=dict)
     ranges: dict[ir.Value, Range] = field(default_factory=dict)
     produced: set[ir.Value] = field(default_factory=set)
     reads: set[tuple[ir.Node, int]] = field(default_factory=set)
+    joined: set[ir.Node] = field(default_factory=set)
     refusals: list[Refusal] = field(default_factory=list)
 
     def read(self, node: ir.Node, index: int, ranges: Mapping[str, Range]) -> None:
@@ -139,6 +142,7 @@ def _around_kernels(
         objection = _around_kernel(node, row, ranges, placement, useful)
         if objection is not None:
             yield node, objection
+    share_scales(placement)
 
 
 def _around_kernel(

@@ -42,7 +42,7 @@ class QdqWriter:
                 self._read(node, i)
         for value, uses in readers.items():
             self._redirect(value, uses)
-        moved = [node for node, role in self.placement.nodes.items() if role == "move"]
+        moved = [node for node in self.placement.nodes if self._on_integers(node)]
         self.graph.remove(moved, safe=True)
         self.graph.sort()
         self._drop_replaced_weights()
@@ -61,6 +61,9 @@ class QdqWriter:
         if role == "move":
             self._move(node)
             return
+        if node in self.placement.joined:
+            self._join(node)
+            return
         for i in reads:
             self._read(node, i)
         if role == "linear":
@@ -69,10 +72,14 @@ class QdqWriter:
     def _redirect(self, value: ir.Value, uses: Sequence[tuple[ir.Node, int]]) -> None:
         """Let every reader of a tensor that now exists as integers only read the dequantized one."""
         for node, i in uses:
-            if node.inputs[i] is value and self.placement.nodes.get(node) != "move":
+            if node.inputs[i] is value and not self._on_integers(node):
                 node.replace_input_with(i, self._dequantized(value))
         if value.is_graph_output():
             self._restore_output(value)
+
+    def _on_integers(self, node: ir.Node) -> bool:
+        """Say whether the node works on integers without being a kernel that rounds."""
+        return self.placement.nodes.get(node) == "move" or node in self.placement.joined
 
     def _drop_replaced_weights(self) -> None:
         for name, value in list(self.graph.initializers.items()):
@@ -174,6 +181,14 @@ class QdqWriter:
             self.params[out] = self.params[source]
             self.integers[out] = integer
             self.constants[(out.name or "", self.params[out])] = self._scale_and_zero(source)
+
+    def _join(self, node: ir.Node) -> None:
+        """Let a Concat work on integers that all have one scale."""
+        out = node.outputs[0]
+        inputs = [None if v is None else self._integer(v) for v in node.inputs]
+        integer = self.build.value(f"{out.name}_quantized", onnx_type(self.activation), out.shape)
+        self.graph.append(ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=[integer], name=node.name))
+        self.integers[out] = integer
 
     def _restore_output(self, value: ir.Value) -> None:
         """Make the dequantized tensor the graph output, under the old name."""

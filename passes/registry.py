@@ -15,6 +15,7 @@ PASSES: dict[str, str] = {
     "equalize": "equalize:Equalize",
     "smooth": "smooth:Smooth",
     "quantize": "quantize:Quantize",
+    "anchor-layout": "anchor_layout:AnchorLayout",
     "cast-fp16": "cast_fp16:CastFloat16",
 }
 

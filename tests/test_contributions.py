@@ -139,7 +139,7 @@ def test_the_error_is_relative_to_each_output_and_averaged(tail):
         for a, b in zip(exact, rounded, strict=True)
     ]
     assert found.full == pytest.approx(np.mean(shares), rel=1e-6)
-    assert found.factor == 1.0 and not found.cumulative
+    assert found.saturation == 0.0 and not found.cumulative
 
 
 def test_a_deadline_ends_after_the_first_batch(lab):
@@ -150,17 +150,25 @@ def test_a_deadline_ends_after_the_first_batch(lab):
     np.testing.assert_allclose(found.alone, whole.alone, rtol=1e-12)
 
 
-def test_the_factor_is_the_mean_in_decibels():
-    alone = np.array([1.0, 3.0])
-    factor, misfit = _fit(alone, [[0], [1], [0, 1]], np.array([0.5, 1.5, 2.0]))
-    assert factor == pytest.approx(0.5)
-    assert misfit == pytest.approx(0.0, abs=1e-9)
-    assert _fit(alone, [], np.array([])) == (1.0, 0.0)
+def test_the_saturation_behind_measured_errors_is_found():
+    alone, subsets = np.array([1.0, 3.0, 0.1]), [[0], [1], [0, 1], [2], [0, 2]]
+    sums = np.array([alone[s].sum() for s in subsets])
+    saturation, misfit = _fit(alone, subsets, sums / (1 + 0.25 * sums))
+    assert saturation == pytest.approx(0.25, rel=1e-3)
+    assert misfit < 0.01
+    assert _fit(alone, subsets, sums)[0] == pytest.approx(0.0, abs=1e-4), "errors that simply add up"
+    assert _fit(alone, [], np.array([])) == (0.0, 0.0)
+
+
+def test_expectation_and_allowance_are_inverse():
+    found = Contributions((), np.array([]), 0.5, 0.0, 1.0, {}, 1)
+    assert found.allowance(found.expected(3.0)) == pytest.approx(3.0, rel=1e-12)
+    assert found.allowance(2.0) == np.inf, "no sum of errors makes more than 1 / saturation"
 
 
 def test_prediction_counts_a_shared_tensor_once():
     sources = (Source("tensor", "t", ("a", "b")), Source("weight", "b", ("b",)))
     found = Contributions(sources, np.array([1.0, 2.0]), 0.5, 0.0, 1.0, {}, 1)
-    assert found.predict(["a"]) == 0.5
-    assert found.predict(["a", "b"]) == 1.5
+    assert found.predict(["a"]) == pytest.approx(1 / 1.5)
+    assert found.predict(["a", "b"]) == pytest.approx(3 / 2.5)
     assert found.predict([]) == 0.0

@@ -164,7 +164,7 @@ def run(model, feed, tensors=()):
 
 
 def exact(model, prover=None):
-    return pipeline.run(model_io.copy(model), pipeline.exact_passes(for_integers=True), prover)
+    return pipeline.run(model_io.copy(model), pipeline.exact_passes(13), prover)
 
 
 def smoothed(model, alpha=None):
