@@ -95,14 +95,27 @@ def main() -> None:
     metavar="NAME|FILE",
     help="How images become inputs.  [default: MODEL-stem.preprocess.yaml]",
 )
-@click.option("--precision", type=click.Choice(parse.PRECISIONS), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(parse.PRECISIONS),
+    default="auto",
+    show_default=True,
+    help="auto keeps the fastest that holds the quality; what is named is done as asked.",
+)
 @click.option(
     "--method",
     type=click.Choice(parse.METHODS),
     default="auto",
     show_default=True,
-    help="How ranges are chosen.",
+    help="How the range of each tensor is chosen; auto compares them all.",
 )
+@click.option(
+    "--without",
+    metavar="STEP,...",
+    default="",
+    help=f"Steps of quantization to leave out: {', '.join(parse.STEPS)}.",
+)
+@click.option("--time-budget", metavar="TIME", help="End the search for a better result after so long, e.g. 2min.")
 @click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")
 @click.option("--max-latency", metavar="TIME", help="E.g. 5ms.")
 @click.option("--max-size", metavar="SIZE", help="E.g. 4MB.")
@@ -117,6 +130,7 @@ def compile(
     max_drop: str | None,
     max_latency: str | None,
     max_size: str | None,
+    time_budget: str | None,
     eval_: Path | None,
     as_json: bool,
     **rest: Any,
@@ -126,8 +140,8 @@ def compile(
     The bundle holds the fastest artifact that still does its job on the device.
 
     \b
-    Without --calib only exact passes run. With it, INT8 is tried, judged on held-out images, and kept if it is
-    measurably faster and loses no more than --max-drop.
+    Without --calib only exact passes run. With it, numbers of few bits are tried, judged on held-out images, and kept
+    if they are measurably faster and lose no more than --max-drop. The report says where the error comes from.
     """
     from .compiler import api
 
@@ -136,6 +150,7 @@ def compile(
         "max_drop": parse.parse_points(max_drop) if max_drop else None,
         "max_latency_ms": parse.parse_milliseconds(max_latency) if max_latency else None,
         "max_size_bytes": parse.parse_bytes(max_size) if max_size else None,
+        "time_budget": parse.parse_seconds(time_budget) if time_budget else None,
     }
     with _progress() as progress:
         report = api.compile(model, folder, eval=eval_, progress=progress, **budget, **rest)
@@ -203,7 +218,7 @@ def evaluate(model: Path, images: Path, against: Path | None, as_json: bool, **r
 @cli.command()
 @click.argument("path", type=_FILE, metavar="BUNDLE|MODEL|REPORT")
 @click.option("--against", type=_FILE, metavar="OTHER", help="Show the two side by side.")
-@click.option("--layers", is_flag=True, help="Each layer: precision, scale, own error, MACs.")
+@click.option("--layers", is_flag=True, help="Each layer: precision, scale, clipping, SQNR, its share of the error.")
 @click.option("--why", is_flag=True, help="Each node that was left as it was, and the reason.")
 @click.option("--html", type=_FILE, metavar="FILE", help="Write the report's page.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

@@ -114,11 +114,11 @@ def run(case: Case, args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, one in models.items():
         sqnr = judged[name].outputs[0].sqnr_db
-        error = errors.expected(one.predicted.get("error", 0.0))
+        error = errors.expected(one.predicted["error"])
         ratio = median_interval(samples["fp32"] / samples[name])
         cells: Mapping[str, str] = {
             "model": name,
-            "macs": f"{1 - one.predicted.get('float_macs', 0.0):.3f}",
+            "macs": f"{abs(1 - one.predicted['float_macs']):.3f}",
             "predicted": f"{-10 * math.log10(error):.2f}" if error else "",
             "sqnr": f"{sqnr:.2f}" if error and sqnr is not None else "",
             "figure": f"{judged[name].metric} {judged[name].value:.2f}",

@@ -10,7 +10,7 @@ from . import devices as device_table
 from .bundle import Bundle, open_bundle
 from .errors import UnavailableError
 from .inspection import inspect
-from .options import Options
+from .options import Options, parse_steps
 from .types import Budget, DeviceProfile, Fidelity, Inspection, Measurement, Progress, Range, Report, silent
 
 __all__ = [
@@ -42,9 +42,11 @@ def compile(
     preprocess: str | None = None,
     precision: str = "auto",
     method: str = "auto",
+    without: str | Sequence[str] = (),
     max_drop: float | None = None,
     max_latency_ms: float | None = None,
     max_size_bytes: int | None = None,
+    time_budget: float | None = None,
     threads: int = 0,
     seed: int = 0,
     verify: bool = False,
@@ -53,8 +55,9 @@ def compile(
 ) -> Report:
     """Compile an ONNX file for a device, leave a bundle in the folder `out`, and return the report.
 
-    `max_drop` is in points (1.0 where None, then a named precision may exceed it). Raises the classes of
-    compiler/errors.py; each message says what, where and how to fix.
+    `max_drop` is in points (1.0 where None, then a named precision may exceed it), `time_budget` in seconds. `without`
+    names steps of quantization to leave out (options.STEPS). Raises the classes of compiler/errors.py; each message
+    says what, where and how to fix.
     """
     from . import driver
 
@@ -70,7 +73,9 @@ def compile(
         preprocess=preprocess,
         precision=precision,
         method=method,
+        without=parse_steps(without if isinstance(without, str) else ",".join(without)),
         budget=budget,
+        time_budget=time_budget,
         threads=threads,
         seed=seed,
         verify=verify,

@@ -14,7 +14,8 @@ So whatever a boundary brings about is in its measured price: QuantizeLinear, tr
 that the runtime chooses worse because of it. A boundary that no mixture showed gets the typical price per element.
 The profiler slows what it watches, by about the same for every kernel, which matters where kernels are small: so each
 kernel's time is corrected to a t - b, with a and b such that the sums fit the models' whole latencies, measured
-without the profiler (least relative squares).
+without the profiler (least relative squares). Then float_l and integer_l are each scaled so that the two ends, the
+float model and the fullest quantization, come out as measured: they are what budgets are compared with.
 """
 
 from __future__ import annotations
@@ -178,8 +179,19 @@ def fit(samples: Sequence[Sample], wiring: Wiring) -> Costs:
                 excess = ms.get(link.tensor, 0.0) - own
                 steps["leave" if inside else "enter"].setdefault(link.tensor, []).append(excess)
     enter, leave = (_filled(found, wiring) for found in steps.values())
-    costs = Costs(float_ms, integer_ms, enter, leave)
+    costs = _anchored(Costs(float_ms, integer_ms, enter, leave), wiring, samples[nothing], samples[everything])
     return replace(costs, misfit=max(abs(costs.predict(wiring, s.integer) / s.whole_ms - 1) for s in samples))
+
+
+def _anchored(costs: Costs, wiring: Wiring, nothing: Sample, everything: Sample) -> Costs:
+    """Scale the links' times so that the float model and the fullest quantization are predicted as measured."""
+    scale = nothing.whole_ms / max(costs.predict(wiring, nothing.integer), 1e-9)
+    float_ms = {home: ms * scale for home, ms in costs.float_ms.items()}
+    rest = replace(costs, float_ms=float_ms, integer_ms=dict.fromkeys(costs.integer_ms, 0.0))
+    links = (link.tensor for link in wiring.links if link.producer in everything.integer)
+    own = sum(costs.integer_ms[tensor] for tensor in links)
+    scale = max(everything.whole_ms - rest.predict(wiring, everything.integer), 0.0) / max(own, 1e-9)
+    return replace(rest, integer_ms={home: ms * scale for home, ms in costs.integer_ms.items()})
 
 
 def _overhead(samples: Sequence[Sample]) -> tuple[float, float]:

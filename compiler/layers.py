@@ -14,18 +14,26 @@ from .types import Layer, Range, Refusal
 #: Operators that count as layers: those that hold weights or do the arithmetic.
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+INSIDE = "it is inside a subgraph (If, Loop, Scan): those are left alone"
+
 
 def describe(
     model: ir.Model, errors: Mapping[str, float] | None = None, refusals: tuple[Refusal, ...] = ()
 ) -> tuple[Layer, ...]:
-    """Return one Layer for each linear node; `errors` are the layers' own SQNR in dB by node name."""
+    """Return one Layer for each linear node; `errors` are the layers' own SQNR in dB by node name.
+
+    Of a quantized model also for those in subgraphs, which quantization leaves alone.
+    """
     errors = errors or {}
     reasons = {r.node: r.why for r in refusals}
     layers = []
-    for node in model.graph:
+    nodes = model.graph.all_nodes() if is_quantized(model) else model.graph
+    for node in nodes:
         if node.op_type not in LINEAR or node.domain not in ("", "ai.onnx"):
             continue
         name = node.name or node.op_type
+        if node.graph is not model.graph:
+            reasons.setdefault(name, INSIDE)
         dtype = _dequantized_from(node.inputs[0])
         scale, span = (None, None) if dtype is None else _output_scale(node)
         layers.append(

@@ -72,11 +72,11 @@ class Problem:
 
     def amounts(self, choice: Mapping[str, str]) -> dict[str, float]:
         """Return what a choice (unit -> precision) costs, by measure."""
-        found: dict[str, float] = {}
+        found = {measure: 0.0 for term in self.terms for measure in term.amounts}
         for term in self.terms:
             if not term.cases or any(all(choice[u] in ks for u, ks in case) for case in term.cases):
                 for measure, amount in term.amounts.items():
-                    found[measure] = found.get(measure, 0.0) + amount
+                    found[measure] += amount
         return found
 
     def allows(self, choice: Mapping[str, str]) -> bool:
@@ -89,7 +89,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A precision for every unit, and what it is predicted to cost, by measure (0 for one that is not there)."""
+    """A precision for every unit, and what it is predicted to cost, by measure."""
 
     precision: Mapping[str, str]
     predicted: Mapping[str, float] = field(default_factory=dict)
@@ -180,7 +180,7 @@ def frontier(
     limits = dict(limits or {})
     cheapest = solve(problem, bounded, limits)
     best = solve(problem, minimise, limits)
-    best = solve(problem, bounded, limits | {minimise: best.predicted.get(minimise, 0.0) * (1 + 1e-9)})
+    best = solve(problem, bounded, limits | {minimise: best.predicted[minimise] * (1 + 1e-9)})
     low, high = cheapest.predicted[bounded], best.predicted[bounded]
     found = [best]
     for i, budget in enumerate(np.linspace(high, low, points)[1:]):

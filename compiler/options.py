@@ -16,6 +16,7 @@ STEPS = ("smooth", "equalize", "ranges", "bias-correction", "rounding", "mixed-p
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_LONG_TIME = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
 _SIZE = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -50,6 +51,21 @@ def parse_points(text: str) -> float:
 def parse_milliseconds(text: str) -> float:
     """Return "5ms", "800us" or "0.1s" in milliseconds. UserError otherwise."""
     return _number(text, _TIME, "--max-latency", "5ms, 800us or 0.1s")
+
+
+def parse_seconds(text: str) -> float:
+    """Return "60", "60s", "2min" or "1h" in seconds. UserError otherwise."""
+    return _number(text, _LONG_TIME, "--time-budget", "60s, 2min or 1h")
+
+
+def parse_steps(text: str) -> tuple[str, ...]:
+    """Return "equalize,rounding" as the names of steps, each once. UserError for a name that is none."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in STEPS]
+    if unknown:
+        fix = "choose among: " + ", ".join(STEPS)
+        raise UserError(f"no step of quantization is called {unknown[0]!r}", where="--without", fix=fix)
+    return names
 
 
 def parse_bytes(text: str) -> int:

@@ -340,6 +340,12 @@ class Layer:
 
     `sqnr_db` is the error of this layer alone at its output, its inputs and weights quantized from the
     float tensors; None with a `reason` where the layer is in float or was not judged.
+    `sqnr_in_db` and `sqnr_out_db` are those of what it reads and gives, with the errors of all layers before it; None
+    where there is no error, or none was measured. `clipped_percent`: elements of its output outside the represented
+    range. `share_percent`: its part of the error at the network's outputs, each rounding measured alone, of which
+    `weights_percent` (of the whole as well) by its weights. `cause` is the likely one, with figures, and `remedy` what
+    was done or can be done. Layers that only join or round tensors have `macs` 0; a graph input that is rounded is one
+    with the operator "input".
     """
 
     node: str
@@ -350,6 +356,13 @@ class Layer:
     sqnr_db: float | None = None
     macs: int | None = None
     reason: str | None = None
+    sqnr_in_db: float | None = None
+    sqnr_out_db: float | None = None
+    clipped_percent: float | None = None
+    share_percent: float | None = None
+    weights_percent: float | None = None
+    cause: str | None = None
+    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -384,7 +397,11 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One candidate that was built and judged on the way to the result: a row of the report's table."""
+    """One candidate that was built and judged on the way to the result: a row of the report's table.
+
+    `predicted_ms` and `predicted_db` (output SQNR) are what mixed precision's models foretold, None where nothing was;
+    `calibration_db` is the SQNR on calibration images that `predicted_db` is to be compared with.
+    """
 
     name: str
     precision: str
@@ -393,6 +410,9 @@ class Attempt:
     size_bytes: int
     chosen: bool
     verdict: str
+    predicted_ms: float | None = None
+    predicted_db: float | None = None
+    calibration_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .types import Attempt
+from . import job as jobs
+from .report import text
+from .types import Attempt, QuantScheme
 
 if TYPE_CHECKING:
     from .job import Job
 
 _NO_CALIBRATION = (
-    "without calibration images only exact passes ran; --calib FOLDER with a few hundred images allows INT8"
+    "without calibration images only exact passes ran; --calib FOLDER with a few hundred images allows numbers of few bits"
 )
 
 
@@ -33,25 +35,42 @@ def warnings(job: Job) -> tuple[str, ...]:
         found.append("--max-latency was not checked: nothing is measured for this device here")
     if job.judged is None:
         found.append("quality was not judged: no images")
-    return tuple(found)
+    return (*found, *_elsewhere(job))
+
+
+def _elsewhere(job: Job) -> tuple[str, ...]:
+    """Return what was computed here otherwise than the device will."""
+    scheme = jobs.scheme(job)
+    name = text.precision(job.options.precision)
+    if isinstance(scheme, QuantScheme) and scheme.simulated:
+        return (f"{name} was simulated: numbers are rounded as it rounds them, and computed with as FP32",)
+    if job.target is None and job.judged is not None:
+        return (f"quality was judged on this machine, which is not a {job.profile.title}: its kernels may round otherwise",)
+    return ()
 
 
 def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Return what the reader can do next."""
     advice = []
     attempt = next(a for a in attempts if a.chosen)
-    if attempt.precision == "fp32" and len(attempts) > 1:
-        advice.append(f"INT8 was tried and not taken: {attempts[1].verdict}")
-    scheme = job.backend.schemes(job.profile)["int8"]
-    if isinstance(scheme, str):
-        advice.append(scheme)
-    elif job.images is None and job.options.ranges is None and job.options.precision == "auto":
-        advice.append(_NO_CALIBRATION)
+    tried = [a for a in attempts if a.precision != attempts[0].precision]
+    if attempt.precision == attempts[0].precision and tried:
+        advice.append(f"{text.precision(tried[0].name)} was tried and not taken: {tried[0].verdict}")
+    advice += _not_tried(job)
     m = attempt.measurement
-    if attempt.precision != "fp32" and m.speedup is not None and m.speedup < 1:
-        advice.append(
-            f"{attempt.precision} was asked for; FP32 is {1 / m.speedup:.2f}x faster here (--precision auto takes it)"
-        )
+    if attempt.precision != attempts[0].precision and m.speedup is not None and m.speedup < 1:
+        asked, base = text.precision(attempt.precision), text.precision(attempts[0].precision)
+        advice.append(f"{asked} was asked for; {base} is {1 / m.speedup:.2f}x faster here (--precision auto takes it)")
     if job.target is None:
         advice.append(f"on the device: edgec bench BUNDLE measures it there ({job.not_measured})")
     return tuple(advice)
+
+
+def _not_tried(job: Job) -> list[str]:
+    """Return why auto had nothing to try."""
+    if job.options.precision != "auto":
+        return []
+    scheme = job.backend.schemes(job.profile)["int8"]
+    if isinstance(scheme, str):
+        return [scheme]
+    return [_NO_CALIBRATION] if job.images is None and job.options.ranges is None else []

@@ -135,8 +135,9 @@ class NoiseModel:
         """Model the noise of tensors that have a range, and of the layers' weights.
 
         `levels` is the number of steps of an activation, `weight_max` the largest integer of a weight (None: weights
-        stay in float), `symmetric` whether the zero point is 0. `importance` says by tensor, 1 if absent, how much noise
-        of a given relative energy in it counts: in a layer's output, or in a tensor that an Add or the like reads.
+        stay in float), `symmetric` whether the zero point is 0. `importance` says by tensor, 1 if absent, how much
+        noise of a given relative energy in it counts: in a layer's output, or in a tensor that an Add or the like
+        reads. Channels of a tensor that share a variable (those of a pinned one) count with their mean energy.
         """
         build = _Builder(variables, ranges, energies or {}, importance or {})
         weights = tuple(build.layer(*found) for found in _rows(variables))
@@ -243,16 +244,16 @@ class _Builder:
 
     def other_readers(self) -> None:
         """Count the noise of tensors that an Add, a pool or the like reads, relative to their own energy."""
-        readers = {value: n for layer in self.variables.layers[:1] for n in _graph(layer.node) for value in n.inputs}
-        for value in readers:
-            if value is None or value.name not in self.sides:
+        nodes = [node for layer in self.variables.layers[:1] for node in _graph(layer.node)]
+        passing = {*LAYERS, *_KEEPS_GRID}
+        read = {v for node in nodes for i, v in enumerate(node.inputs) if i or node.op_type not in passing}
+        for name in dict.fromkeys(_grid_of(value, self.sides) for value in read):
+            if name is None:
                 continue
-            if any(index or user.op_type not in LAYERS for user, index in value.uses()):
-                ids = np.broadcast_to(self.variables.channels(value)[1], self._channels(value.name))
-                energies = self.energies(value.name)
-                total = float(energies[ids].sum())
-                if total > 0:
-                    np.add.at(self.gains[value.name], ids, self.importance.get(value.name, 1.0) / total)
+            ids = np.broadcast_to(self.variables.channels(name)[1], self._channels(name))
+            total = float(self.energies(name)[ids].sum())
+            if total > 0:
+                np.add.at(self.gains[name], ids, self.importance.get(name, 1.0) / total)
 
     def energies(self, name: str | None) -> np.ndarray:
         """Return the mean square of a tensor's channels by variable; 1 where nothing is known."""

@@ -13,6 +13,7 @@ PASSES: dict[str, str] = {
     "normalise": "normalise:Normalise",
     "fold-batch-norm": "fold_batch_norm:FoldBatchNorm",
     "equalize": "equalize:Equalize",
+    "absorb-high-bias": "absorb_bias:AbsorbHighBias",
     "smooth": "smooth:Smooth",
     "quantize": "quantize:Quantize",
     "anchor-layout": "anchor_layout:AnchorLayout",

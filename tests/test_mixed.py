@@ -109,6 +109,14 @@ def test_bisection_that_never_holds_says_so():
     assert all(value == 100.0 for _, value in tried)
 
 
+def test_an_end_of_the_frontier_may_cost_nothing():
+    """All in float adds no error: that term is due for the other precision only."""
+    on, off = frozenset({"int8"}), frozenset({"float"})
+    terms = [Term({"ms": 2.0}, ((("u", off),),)), Term({"ms": 1.0, "error": 0.1}, ((("u", on),),))]
+    found = frontier(Problem({"u": ("float", "int8")}, tuple(terms)))
+    assert [a.predicted for a in found] == [{"ms": 1.0, "error": 0.1}, {"ms": 2.0, "error": 0.0}]
+
+
 WIRING = Wiring(
     (
         Unit("a", "linear", ("a",)),
@@ -146,6 +154,6 @@ def test_the_programs_amounts_are_those_of_the_two_models(seed):
             allowed += 1
             amounts = problem.amounts(choice)
             assert amounts["ms"] == pytest.approx(costs.predict(WIRING, on), rel=1e-12)
-            assert contributions.expected(amounts.get("error", 0.0)) == pytest.approx(contributions.predict(on))
+            assert contributions.expected(amounts["error"]) == pytest.approx(contributions.predict(on))
             assert amounts["bytes"] == 12 - 3 * len(on & set("abc"))
     assert allowed == 8 + 3, "the Add joins only where its reader and an input are on integers"

@@ -62,8 +62,8 @@ class Point:
 def scatter(title: str, points: Sequence[Point], *, right: float | None, limit: float | None) -> str:
     """Return points lost (downwards) against milliseconds.
 
-    `right` is the baseline's latency and `limit` the budget in points, both dashed lines. Points closer than a
-    dot's width on a narrow screen share one label.
+    `right` is the baseline's latency and `limit` the budget in points, both dashed lines. A line joins three points
+    or more than which no other is better in both. Points closer than a dot's width on a narrow screen share one label.
     """
     xs = [p.x for p in points] + ([] if right is None else [right])
     across = _ticks(min(xs), max(xs))
@@ -75,9 +75,27 @@ def scatter(title: str, points: Sequence[Point], *, right: float | None, limit: 
         grid += _line("limit", _pc(x.at(right)), 0, _pc(x.at(right)), _HEIGHT)
     if limit is not None:
         grid += _line("limit", "0", y.at(limit), "100%", y.at(limit))
+    grid += _frontier(points, x, y)
     dots = "".join(_dot(p, x, y) for p in points)
     names = "".join(_name(group, x, y) for group in _close(points, x, y))
     return _framed(_svg(title, _HEIGHT + _FOOT, grid + dots + names), [(y.at(v), _number(v, down)) for v in down])
+
+
+def best(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other is better than in both, from left to right."""
+    found: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.x, p.y)):
+        if not found or p.y < found[-1].y:
+            found.append(p)
+    return found
+
+
+def _frontier(points: Sequence[Point], x: _Scale, y: _Scale) -> str:
+    held = best(points)
+    if len(points) < 3:
+        return ""
+    pairs = zip(held, held[1:], strict=False)
+    return "".join(_line("frontier", _pc(x.at(p.x)), y.at(p.y), _pc(x.at(q.x)), y.at(q.y)) for p, q in pairs)
 
 
 def _x_tick(at: float, value: float, ticks: Sequence[float]) -> str:

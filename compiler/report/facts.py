@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import text
-from .tables import floats, in_integers
+from .layer_tables import floats, in_integers
 
 if TYPE_CHECKING:
     from ..types import DeviceProfile, Inspection, Report

@@ -11,7 +11,8 @@ from html import escape
 from itertools import accumulate
 
 from ..types import Layer, Report
-from . import charts, facts, tables, text
+from . import charts, facts, layer_tables, tables, text
+from .grid import Table
 from .style import CSS
 
 #: Characters up to which a cell is a name and kept on one line; longer ones are sentences.
@@ -44,6 +45,8 @@ def render(report: Report) -> str:
         _latency(report),
         _quality(report),
         _attempts(report),
+        _steps(report),
+        _sources(report),
         _size(report),
         _layers(report),
         _passes(report),
@@ -173,8 +176,24 @@ def _scatter(report: Report) -> str:
     lines = f"dashed: the budget of {text.points(budget)}"
     lines += "" if base is None else f" and {text.baseline_name(report)}, {text.ms(base)}"
     axes = "Points lost (downwards) against milliseconds of one call: best is the upper left"
+    if len(points) > 2:
+        lines += "; the line joins those that no other beats in both"
     caption = f"{axes}. Numbers as in the table; {lines}."
     return _figure(chart, caption)
+
+
+def _steps(report: Report) -> str:
+    table = tables.steps(report.steps)
+    return _section(table.title, _table(table)) if table.rows else ""
+
+
+def _sources(report: Report) -> str:
+    found, table = layer_tables.largest_sources(report), layer_tables.sources(report)
+    bars = [
+        charts.Bar(text.clean(x.node), f"{text.fixed(x.share_percent, 1)} %", x.share_percent or 0.0) for x in found
+    ]
+    title = f"{table.title}: " + ", ".join(f"{b.label} {b.figure}" for b in bars)
+    return _section(table.title, charts.bars(title, bars) + _table(table)) if bars else ""
 
 
 def _size(report: Report) -> str:
@@ -190,7 +209,7 @@ def _size(report: Report) -> str:
 def _layers(report: Report) -> str:
     if not report.layers:
         return ""
-    table = tables.layers(report.layers, numbered=True)
+    table = layer_tables.layers(report.layers, numbered=True)
     return _section(
         table.title,
         _layer_chart(report) + _details(f"All {text.count(len(report.layers), 'layer')}", _table(table)),
@@ -198,12 +217,12 @@ def _layers(report: Report) -> str:
 
 
 def _layer_chart(report: Report) -> str:
-    judged = [x for x in report.layers if x.sqnr_db is not None and not tables.is_float(x)]
+    judged = [x for x in report.layers if x.sqnr_db is not None and not layer_tables.is_float(x)]
     if not judged:
         return ""
     worst = min(judged, key=lambda x: x.sqnr_db or 0.0)
     weakest = f"{text.clean(worst.node)}, {text.decibels(worst.sqnr_db)}"
-    found = [charts.Column(_layer(x), x.sqnr_db, hollow=tables.is_float(x), strong=x is worst) for x in report.layers]
+    found = [charts.Column(_layer(x), x.sqnr_db, hollow=layer_tables.is_float(x), strong=x is worst) for x in report.layers]
     says = f"Each layer's own SQNR in dB, in the order of execution; higher is better. Weakest: {weakest}."
     hatched = " Hatched: left in float." if any(c.hollow for c in found) else ""
     gaps = " A gap: not judged." if any(c.value is None and not c.hollow for c in found) else ""
@@ -212,7 +231,7 @@ def _layer_chart(report: Report) -> str:
 
 
 def _layer(layer: Layer) -> str:
-    figure = "in float" if tables.is_float(layer) else text.decibels(layer.sqnr_db)
+    figure = "in float" if layer_tables.is_float(layer) else text.decibels(layer.sqnr_db)
     return f"{text.clean(layer.node)}: {figure}"
 
 
@@ -247,7 +266,7 @@ def _facts(lines: facts.Facts) -> str:
     return f"<dl>{''.join(f'<dt>{escape(label)}</dt><dd>{escape(line)}</dd>' for label, line in lines)}</dl>"
 
 
-def _table(table: tables.Table) -> str:
+def _table(table: Table) -> str:
     notes = "".join(f'<p class="note">{_typeset(note)}</p>' for note in table.notes)
     if not table.rows:
         return notes
@@ -258,7 +277,7 @@ def _table(table: tables.Table) -> str:
     return f'<div class="scroll" role="region" aria-label="{name}" tabindex="0">{grid}</div>{notes}'
 
 
-def _row(table: tables.Table, index: int) -> str:
+def _row(table: Table, index: int) -> str:
     cells = zip(table.rows[index], table.columns, strict=True)
     strong = ' class="strong"' if index == table.strong else ""
     return f"<tr{strong}>{''.join(_cell('td', content, c.number) for content, c in cells)}</tr>"

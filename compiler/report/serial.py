@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from ..errors import UserError
 from ..types import Report
+from .layer_tables import arithmetic, is_float
 
 if TYPE_CHECKING:
     from ..types import Inspection
@@ -75,12 +76,12 @@ def from_json(data: Any) -> Report:
 
 def summary(found: Report | Inspection) -> dict[str, Any]:
     """Return the few figures by which two reports or ONNX files are compared, flat; None where not known."""
-    layers = [x.precision for x in found.layers]
+    layers = arithmetic(found.layers)
     shared = {
         "size_bytes": found.size_bytes if not isinstance(found, Report) else found.size_after_bytes,
         "macs": None if None in (macs := [x.macs for x in found.layers]) else sum(m or 0 for m in macs),
         "layers": len(layers),
-        "integer_layers": sum("int" in p for p in layers),
+        "integer_layers": sum(not is_float(x) for x in layers),
     }
     if not isinstance(found, Report):
         nodes = sum(found.operators.values())

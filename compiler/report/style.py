@@ -86,6 +86,7 @@ svg .bar.strong { fill: var(--accent); }
 svg .whisker { stroke: var(--ink); stroke-width: 1.25; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg .limit { stroke: var(--muted); stroke-width: 1.25; stroke-dasharray: 4 4; }
+svg .frontier { stroke: var(--accent); stroke-width: 1.5; }
 svg .dot { fill: var(--paper); stroke: var(--muted); stroke-width: 2; }
 svg .dot.strong { fill: var(--accent); stroke: var(--accent); }
 svg .hatch { stroke: var(--muted); stroke-width: 2; }

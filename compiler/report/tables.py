@@ -7,48 +7,12 @@ What is the same in all rows (threads, runs, provider) is said once beneath the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ..types import (
-    Attempt,
-    Budget,
-    Fidelity,
-    Layer,
-    Measurement,
-    PassRecord,
-    Proof,
-    Range,
-    Refusal,
-    Report,
-)
+from ..types import Attempt, Budget, Fidelity, Measurement, PassRecord, Proof, Refusal, Report, StepRecord
 from . import text
-
-FLOATS = ("float", "fp32", "fp16", "bf16", "bfloat", "double")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading; numbers stand on the right and are never wrapped."""
-
-    title: str
-    number: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table; `strong` is the row to point out, `notes` are the sentences beneath."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    strong: int | None = None
-
-
-def columns(*titles: str) -> tuple[Column, ...]:
-    """Columns from their headings; a leading # marks numbers."""
-    return tuple(Column(t.removeprefix("#"), t.startswith("#")) for t in titles)
-
+from .grid import Table, columns
+from .layer_tables import floats
 
 # ------------------------------------------------------------------------------------------ latency
 
@@ -215,6 +179,34 @@ def attempts(found: Sequence[Attempt], *, numbered: bool = False) -> Table:
     return Table("Candidates", headings, tuple(rows), (*marked, *notes), strong)
 
 
+# ------------------------------------------------------------------------------------------ steps
+
+
+def steps(records: Sequence[StepRecord]) -> Table:
+    """The steps of quantization: what each chose, what it gained on calibration images, whether it was kept."""
+    titles = columns("step", "chosen", "#before", "#after", "#gain", "#time", "")
+    rows = tuple(
+        (
+            text.clean(r.name),
+            text.clean(r.detail),
+            text.fixed(r.sqnr_before_db, 1),
+            text.fixed(r.sqnr_after_db, 1),
+            _gain(r),
+            text.seconds(r.seconds),
+            "kept" if r.kept else "taken back",
+        )
+        for r in records
+    )
+    meaning = "SQNR in dB of the worst output, on calibration images; what gains nothing is taken back"
+    left_out = "edgec compile --without STEP leaves one out"
+    return Table("Steps to few bits", titles, rows, (meaning, left_out) if rows else ())
+
+
+def _gain(record: StepRecord) -> str:
+    before, after = record.sqnr_before_db, record.sqnr_after_db
+    return text.signed(None if before is None or after is None else after - before, 1)
+
+
 # ------------------------------------------------------------------------------------------ passes
 
 
@@ -274,17 +266,6 @@ def left_alone(report: Report) -> tuple[Refusal, ...]:
     return (*found, *(Refusal(x.node, "layer-in-float", x.reason or "") for x in layers))
 
 
-def floats(report: Report) -> tuple[Layer, ...]:
-    """The layers left in float where others run on integers."""
-    left = tuple(x for x in report.layers if is_float(x))
-    return left if len(left) < len(report.layers) else ()
-
-
-def is_float(layer: Layer) -> bool:
-    """Tell whether a layer computes in floating point."""
-    return layer.precision.lower().startswith(FLOATS)
-
-
 def refusals(report: Report, limit: int | None = None) -> Table:
     """Nodes by rule and reason, with their count; the first `limit` of each are named, or all."""
     found = left_alone(report)
@@ -302,46 +283,3 @@ def _first(nodes: Sequence[str], limit: int | None) -> str:
     shown = nodes[:limit]
     rest = [f"and {len(nodes) - len(shown):,} more"] if len(nodes) > len(shown) else []
     return "\n".join((*shown, *rest))
-
-
-_LAYER_TITLES = ("node", "op", "precision", "#range", "#scale", "#SQNR dB", "#MACs")
-
-
-def layers(found: Sequence[Layer], *, numbered: bool = False) -> Table:
-    """One row a layer, in the order of execution; reasons are gathered beneath."""
-    titles = columns(*(["##"] if numbered else []), *_LAYER_TITLES)
-    rows = tuple(
-        (
-            *([str(i)] if numbered else []),
-            text.clean(x.node),
-            text.clean(x.op),
-            text.clean(x.precision),
-            _range(x.output_range),
-            text.MISSING if x.scale is None else f"{x.scale:.3g}",
-            text.fixed(x.sqnr_db, 1),
-            text.si(x.macs),
-        )
-        for i, x in enumerate(found, 1)
-    )
-    reasons: dict[str, list[str]] = {}
-    for x in found:
-        if x.reason:
-            reasons.setdefault(text.clean(x.reason), []).append(text.clean(x.node))
-    notes = tuple(f"{', '.join(nodes)}: {why}" for why, nodes in reasons.items())
-    own = ("SQNR is each layer's own: only that layer is quantized",) if any(x.sqnr_db for x in found) else ()
-    return Table(f"Layers: {in_integers(found)}", titles, rows, (*own, *notes))
-
-
-def _range(span: Range | None) -> str:
-    return text.MISSING if span is None else f"{span.min:.3g} .. {span.max:.3g}"
-
-
-def in_integers(found: Sequence[Layer]) -> str:
-    """Return how much of the model runs on integers, by layers and by multiply-accumulates."""
-    left = [x for x in found if is_float(x)]
-    macs = sum(x.macs or 0 for x in found)
-    done = f"{len(found) - len(left)} of {len(found)} on integers"
-    if not macs or any(x.macs is None for x in found):
-        return done
-    share = 100 * (1 - sum(x.macs or 0 for x in left) / macs)
-    return f"{done}, {'over 99.9' if left and share > 99.9 else f'{share:.1f}'} % of the multiply-accumulates"

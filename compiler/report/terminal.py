@@ -13,7 +13,8 @@ from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import facts, tables, text, tool_tables
+from . import facts, layer_tables, tables, text, tool_tables
+from .grid import Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,8 @@ def render(report: Report, console: Console) -> None:
         tables.quality(report.fidelity, report.budget),
         tables.outputs(report.fidelity),
         tables.attempts(report.attempts if len(report.attempts) > 1 else ()),
+        tables.steps(report.steps),
+        layer_tables.sources(report),
         tables.passes(report.passes),
         tables.refusals(report, NAMED),
     ]
@@ -52,8 +55,8 @@ def render(report: Report, console: Console) -> None:
 
 
 def render_layers(found: Report | Inspection, console: Console) -> None:
-    """Print one row a layer: precision, range, scale, its own error, MACs."""
-    _table(tables.layers(found.layers), console)
+    """Print one row a layer: precision, scale, clipping, its SQNRs, its share of the error, MACs."""
+    _table(layer_tables.layers(found.layers), console)
 
 
 def render_why(report: Report, console: Console) -> None:
@@ -85,7 +88,7 @@ def render_inspection(found: Inspection, console: Console) -> None:
     console.print(Text(text.clean(found.path), "bold"))
     _pairs(facts.of_inspection(found), console)
     console.print()
-    _table(tables.layers(found.layers), console)
+    _table(layer_tables.layers(found.layers), console)
 
 
 def render_comparison(summaries: Sequence[Mapping[str, object]], console: Console) -> None:
@@ -114,7 +117,7 @@ def render_findings(found: Iterable[Finding], console: Console) -> None:
 # --------------------------------------------------------------------------------------------- setting
 
 
-def _table(table: tables.Table, console: Console) -> None:
+def _table(table: Table, console: Console) -> None:
     """Print a table with its title above and its notes beneath, two columns indented."""
     console.print(Text(table.title, "bold"))
     if table.rows:
@@ -123,7 +126,7 @@ def _table(table: tables.Table, console: Console) -> None:
         console.print(Padding(Text(note, "dim"), (0, 0, 0, 2), expand=False))
 
 
-def _grid(table: tables.Table, width: int) -> Grid:
+def _grid(table: Table, width: int) -> Grid:
     """Lay out the rows: numbers and names whole, sentences wrapped, the gaps narrower where it is tight."""
     cells = zip(*([c.title for c in table.columns], *table.rows), strict=True)
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in cells]

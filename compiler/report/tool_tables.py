@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import text
-from .tables import Table, columns, timings
+from .grid import Table, columns
+from .tables import timings
 
 if TYPE_CHECKING:
     from ...backends.ort import OperatorTime
@@ -59,7 +60,7 @@ _COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("parameters", "parameters", text.si),
     ("macs", "MACs an image", text.si),
     ("layers", "layers", str),
-    ("integer_layers", "layers on integers", str),
+    ("integer_layers", "layers of few bits", str),
 )
 
 
