@@ -28,8 +28,14 @@ if TYPE_CHECKING:
     from ..calib.channels import ChannelExtremes
 
 Side = Literal["tensor", "weights"]
+#: What of a layer is rounded.
+What = Literal["input", "output", "weights"]
 
-_INT16 = 32767
+#: How the cause begins where there is none but the rounding itself.
+ALONE = "plain rounding"
+
+#: The largest sum that 16 bits hold.
+INT16 = 32767
 #: The percentile that stands for the bulk of a tensor, in percent.
 BULK = 99.9
 #: Weights of so many levels or fewer on either side of 0 have few bits.
@@ -187,31 +193,31 @@ class _Cause:
     remedy: Callable[[Context], str]
 
 
-_FAR = "channel {channel} reaches {channel_largest:.3g}, the median one {channel_median:.3g}: {outlier:.0f} times as far"
+_FAR = "{channel} reaches {channel_largest:.3g}, {outlier:.0f} times as far as the median one"
 
 CAUSES: tuple[_Cause, ...] = (
-    _Cause("saturation", None, "pair", _INT16 + 1, "two products next to each other can add up to {pair:,.0f}, "
+    _Cause("saturation", None, "pair", INT16 + 1, "two products next to each other can add up to {pair:,.0f}, "
            "and 16 bits hold 32,767", _halved),
-    _Cause("outlier channel", "tensor", "outlier", 8.0, _FAR, _balanced),
-    _Cause("outlier channel", "weights", "outlier", 8.0, "input " + _FAR, _balanced),
-    _Cause("saturation", "tensor", "clipped_percent", 1.0, "{clipped_percent:.1f} % of its elements lie beyond the "
+    _Cause("outlier channel", "tensor", "outlier", 8.0, "channel " + _FAR, _balanced),
+    _Cause("outlier channel", "weights", "outlier", 8.0, "input channel " + _FAR, _balanced),
+    _Cause("saturation", "tensor", "clipped_percent", 1.0, "{clipped_percent:.1f} % of the elements lie beyond the "
            "range, at the last integer", _ranged),
-    _Cause("clipping", "tensor", "clip_error_percent", 50.0, "{clipped_percent:.2g} % of its elements lie beyond the "
-           "range and make {clip_error_percent:.0f} % of its rounding error", _ranged),
+    _Cause("clipping", "tensor", "clip_error_percent", 50.0, "{clipped_percent:.2g} % of the elements lie beyond the "
+           "range and make {clip_error_percent:.0f} % of the rounding error", _ranged),
     _Cause("range explosion", "tensor", "explosion", 4.0, "the largest element, {largest:.3g}, is {explosion:.1f} "
            "times the 99.9 percentile, {bulk:.3g}", _ranged),
-    _Cause("dead range", "tensor", "unused_percent", 40.0, "{unused_percent:.0f} % of its integers stand for numbers "
+    _Cause("dead range", "tensor", "unused_percent", 40.0, "{unused_percent:.0f} % of the integers stand for numbers "
            "that never occur", _covered),
 )  # fmt: skip
 
 
-def likely(side: Side, facts: Facts, context: Context) -> tuple[str, str]:
-    """Return the likely cause, with its figures, and what was done about it or can be."""
+def likely(what: What, facts: Facts, context: Context) -> tuple[str, str | None]:
+    """Return the likely cause, with its figures, and what was done about it or can be; None where nothing is amiss."""
+    side: Side = "weights" if what == "weights" else "tensor"
     for cause in CAUSES:
         value = getattr(facts, cause.fact)
         if cause.side in (side, None) and value is not None and value >= cause.limit:
-            return f"{cause.name}: {cause.says.format(**vars(facts))}", cause.remedy(context)
+            return f"{cause.name} in its {what}: {cause.says.format(**vars(facts))}", cause.remedy(context)
     if side == "weights" and facts.levels is not None and facts.levels <= _FEW_LEVELS:
         return f"few bits: its weights have {2 * facts.levels + 1} levels", _widened(context)
-    what = "weights" if side == "weights" else "output"
-    return f"rounding of its {what} alone: no outlier, nothing clipped", _KEEP
+    return f"{ALONE} of its {what}", None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,14 +19,16 @@ from .._version import __version__
 from ..backends.ort import Session
 from ..calib import ranges as calib_ranges
 from ..passes.quant_params import needed_opset
-from . import bundle, devices, fidelity, files, guard, half, job, layers, pipeline, wording
+from . import bundle, devices, fidelity, files, guard, half, job, layers, mixed_precision, pipeline, wording
 from . import model as model_io
 from .errors import BudgetError
 from .job import Job
+from .mixed_precision import Point
 from .options import Options
 from .proof import Prover
-from .quantizer import Quantized, Quantizer, edges
+from .quantizer import Quantized, Quantizer
 from .report import text
+from .report.text import count
 from .search import Found, search
 from .types import (
     Attempt,
@@ -38,6 +40,7 @@ from .types import (
     QuantScheme,
     Report,
     StepRecord,
+    TensorStatistics,
     silent,
 )
 
@@ -48,16 +51,12 @@ if TYPE_CHECKING:
     from ..backends.base import Runner
 
 
-#: A change that keeps this share of the speed is taken to cost no time.
-FREE = 0.96
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A model on disk that may become the result.
 
     `judged` is the file to judge its quality by where that is another one: types that nothing here computes in are
-    rounded by hand. `fused`: ONNX Runtime may use its integer kernels for it.
+    rounded by hand. `fused`: ONNX Runtime may use its integer kernels for it. `predicted`: mixed precision's forecast.
     """
 
     name: str
@@ -67,6 +66,7 @@ class Candidate:
     records: tuple[PassRecord, ...] = ()
     judged: Path | None = None
     fused: bool = True
+    predicted: Point | None = None
 
 
 def compile(model: Path, out: Path, options: Options, progress: Progress = silent) -> Report:
@@ -158,6 +158,7 @@ class _Found:
     steps: tuple[StepRecord, ...] = ()
     records: tuple[PassRecord, ...] = ()
     why_not: str | None = None
+    statistics: Mapping[str, TensorStatistics] = field(default_factory=dict)
 
 
 def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, work: Path) -> _Found:
@@ -168,12 +169,56 @@ def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, w
         found = Found(Quantizer(model, this.backend.supports, scheme, ranges))
     else:
         found = search(this, model, scheme, prover)
-    quantizer = _with_float_edges(this, found.quantizer)
-    quantized = quantizer.build()
+    quantized = found.quantizer.build()
     if not quantized.modified:
         return _Found(found.calibration, why_not="no node of the model can be quantized: only exact passes ran")
-    candidate = _candidate(this, precision(this), quantized, work)
-    return _Found(found.calibration, quantizer, (candidate,), found.steps, found.records)
+    plain = _candidate(this, precision(this), quantized, work)
+    mixed, steps = _mixed(this, found.quantizer, plain, work)
+    return _Found(
+        found.calibration, found.quantizer, mixed, (*found.steps, *steps), found.records, statistics=found.statistics
+    )
+
+
+def _mixed(
+    this: Job, quantizer: Quantizer, plain: Candidate, work: Path
+) -> tuple[tuple[Candidate, ...], tuple[StepRecord, ...]]:
+    """Return the plain candidate and those in which some nodes stay in float, and what was found out on the way."""
+    wanted = precision(this) == "int8" and "mixed-precision" not in this.options.without
+    if not wanted or this.images is None or this.target is None:
+        return (plain,), ()
+    start = time.perf_counter()
+    found = mixed_precision.explore(
+        quantizer,
+        this.images,
+        _feed(this),
+        threads=this.threads,
+        seed=this.options.seed,
+        seconds=this.options.time_budget,
+        progress=this.progress,
+    )
+    if found is None:
+        return (plain,), ()
+    candidates = [replace(plain, predicted=found.plain), *_points(this, quantizer, found.points, work)]
+    off = "" if found.latency_misfit is None else f", latencies within {100 * found.latency_misfit:.0f} %"
+    detail = (
+        f"{len(found.points)} assignments, from {count(found.images, 'image')}; models fit what was measured: errors "
+        f"within {found.error_misfit_db:.1f} dB{off}"
+    )
+    seconds = time.perf_counter() - start
+    return tuple(candidates), (StepRecord("mixed-precision", True, None, None, seconds, detail),)
+
+
+def _points(this: Job, quantizer: Quantizer, points: Sequence[Point], work: Path) -> list[Candidate]:
+    names: set[str] = set()
+    found = []
+    for point in points:
+        base = name = f"{precision(this)}, {len(point.keep_float)} in float"
+        while name in names:
+            name = f"{base} ({len(names) + 1})"
+        names.add(name)
+        candidate = _candidate(this, name, quantizer.build(point.keep_float), work)
+        found.append(replace(candidate, predicted=point))
+    return found
 
 
 def _half(this: Job, model: ir.Model, work: Path) -> Candidate:
@@ -186,27 +231,6 @@ def precision(this: Job) -> str:
     return "int8" if this.options.precision == "auto" else this.options.precision
 
 
-def _with_float_edges(this: Job, quantizer: Quantizer) -> Quantizer:
-    """Leave first and last layers in float where that is measured to cost no time (within 4 %)."""
-    if this.target is None or quantizer.scheme.activation is None or "mixed-precision" in this.options.without:
-        return quantizer
-    choices = edges(quantizer)
-    with TemporaryDirectory() as place:
-        runners: dict[str, Runner] = {}
-        for i, keep in enumerate([{}, *choices]):
-            path = Path(place) / f"{i}.onnx"
-            model_io.save(quantizer.build(keep).model, path)
-            runners[str(i)] = this.backend.open(this.backend.lower(path, this.profile, precision(this)), this.threads)
-        if len(runners) == 1:
-            return quantizer
-        measured = this.target.measure(runners, _feed(this), baseline="0", threads=this.threads, seconds=2.0)
-    for i, keep in enumerate(choices, start=1):
-        speed = measured[str(i)].speedup
-        if speed is not None and speed >= FREE:
-            return replace(quantizer, kept={**quantizer.kept, **keep})
-    return quantizer
-
-
 def _should_widen(
     this: Job, candidates: Sequence[Candidate], measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]
 ) -> bool:
@@ -214,9 +238,10 @@ def _should_widen(
     named = this.options.precision != "auto"
     if named and not this.options.budget.drop_stated:
         return False
-    attempt = _attempt(candidates[-1], measured, judged)
-    pays = guard.shown_faster(attempt) or attempt.measurement.median_ms is None or named
-    return pays and attempt.fidelity is not None and _loses(this, attempt.fidelity)
+    attempts = [_attempt(c, measured, judged) for c in candidates[1:]]
+    if not all(a.fidelity is not None and _loses(this, a.fidelity) for a in attempts):
+        return False
+    return named or any(guard.shown_faster(a) or a.measurement.median_ms is None for a in attempts)
 
 
 def _loses(this: Job, found: Fidelity) -> bool:
@@ -224,9 +249,9 @@ def _loses(this: Job, found: Fidelity) -> bool:
 
 
 def _widen(this: Job, quantizer: Quantizer, work: Path) -> list[Candidate]:
-    name = precision(this)
     return [
-        _candidate(this, f"{name}, {len(keep)} in float", quantizer.build(keep), work) for keep in quantizer.widened()
+        _candidate(this, f"{precision(this)}, worst {len(keep)} in float", quantizer.build(keep), work)
+        for keep in quantizer.widened()
     ]
 
 
@@ -283,7 +308,9 @@ def _judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
 def _attempt(c: Candidate, measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]) -> Attempt:
     left_out = Measurement(c.name, "none", None, reason="it is outside the quality budget")
     measurement = measured.get(c.name, left_out)
-    return Attempt(c.name, c.precision, measurement, judged.get(c.name), model_io.size_bytes(c.path), False, "")
+    size = model_io.size_bytes(c.path)
+    forecast = (None, None) if c.predicted is None else (c.predicted.ms, c.predicted.db)
+    return Attempt(c.name, c.precision, measurement, judged.get(c.name), size, False, "", *forecast)
 
 
 # ------------------------------------------------------------------------------------------ reporting

@@ -25,7 +25,7 @@ from ..passes.quant_params import LIMITS, activation_params
 from ..passes.weight_writer import channel_axis, input_axis, weight_format
 from . import causes, contributions, layer_sqnr, layers
 from .switchboard import Source, Switchboard
-from .types import Layer, Progress, Range, Refusal, StepRecord, TensorStatistics, silent
+from .types import Layer, Progress, QuantScheme, Range, Refusal, StepRecord, TensorStatistics, silent
 from .units import wire
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def explain(
     extremes = collect_channels(quantizer.model, subject.channel_axes(), some.batches(_BATCH), threads)
     portions = _portions(subject, images, work, threads, progress)
     context = causes.Context(quantizer.scheme, quantizer.method, {s.name: s for s in steps}, without)
-    judge = _Judge(subject, statistics or {}, extremes, context, saturating(quantizer, features))
+    judge = _Judge(subject, statistics or {}, extremes, context, largest_pair(quantizer.scheme, features))
     return tuple(judge.row(row, sqnr.get(row.node), portions.get(row.node)) for row in rows)
 
 
@@ -95,11 +95,10 @@ def annotate(described: Iterable[Layer], explained: Iterable[Layer]) -> tuple[La
     return tuple(found)
 
 
-def saturating(quantizer: Quantizer, features: Iterable[str]) -> bool:
-    """Say whether the device's CPU adds two 8-bit products in 16 bits (vpmaddubsw), and the scheme lets it overflow."""
-    wide = any("vnni" in feature for feature in features) or "neon" in features
-    scheme = quantizer.scheme
-    return not wide and "avx2" in features and scheme.activation == "uint8" and scheme.weight_max > LIMITS["int8"][1] // 2
+def largest_pair(scheme: QuantScheme, features: Iterable[str]) -> float | None:
+    """Return the largest sum of two 8-bit products where the CPU adds them in 16 bits (vpmaddubsw), else None."""
+    narrow = "avx2" in features and not any("vnni" in feature for feature in features)
+    return 2.0 * LIMITS["uint8"][1] * scheme.weight_max if narrow and scheme.activation == "uint8" else None
 
 
 # ------------------------------------------------------------------------------------------ what is looked at
@@ -172,7 +171,7 @@ def _count(work: float, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class _Portion:
-    """One row's part of the error at the outputs, as a fraction; `tensor` is the rounded tensor with the largest part."""
+    """One row's part of the error at the outputs, a fraction; `tensor` is the rounded tensor with the largest part."""
 
     weights: float = 0.0
     tensors: float = 0.0
@@ -187,9 +186,7 @@ class _Portion:
         return replace(self, tensors=self.tensors + part, tensor=name, largest=largest)
 
 
-def _portions(
-    subject: _Subject, images: Folder, work: float, threads: int, progress: Progress
-) -> dict[str, _Portion]:
+def _portions(subject: _Subject, images: Folder, work: float, threads: int, progress: Progress) -> dict[str, _Portion]:
     wiring = wire(subject.quantizer.model, subject.placement)
     board = Switchboard(subject.quantizer.model, subject.built, wiring, threads=threads)
     some = _some(images, _count(work * max(len(board.sources), 1)))
@@ -228,7 +225,7 @@ class _Judge:
     statistics: Mapping[str, TensorStatistics]
     extremes: Mapping[str, ChannelExtremes]
     context: causes.Context
-    saturating: bool
+    pair: float | None
 
     def row(self, row: Layer, sqnr: layer_sqnr.LayerSqnr | None, portion: _Portion | None) -> Layer:
         """Return the row with all that was found of it."""
@@ -239,12 +236,11 @@ class _Judge:
         row = replace(row, clipped_percent=self._tensor(value).clipped_percent)
         if portion is None:
             return row
-        side: causes.Side = "weights" if portion.weights > portion.tensors else "tensor"
-        of_tensor = node is None or side == "tensor"
-        facts = self._tensor(self.subject.values.get(portion.tensor or "")) if of_tensor else self._weight(node)
-        if self.saturating:
-            facts = replace(facts, pair=2.0 * LIMITS["uint8"][1] * self.context.scheme.weight_max)
-        cause, remedy = causes.likely(side, facts, self.context)
+        what: causes.What = "output" if value is not None and portion.tensor == value.name else "input"
+        facts = self._tensor(self.subject.values.get(portion.tensor or ""))
+        if portion.weights > portion.tensors:
+            what, facts = "weights", self._weight(node)
+        cause, remedy = causes.likely(what, replace(facts, pair=self.pair), self.context)
         return replace(
             row,
             share_percent=100 * (portion.weights + portion.tensors),

@@ -1,13 +1,17 @@
 """The guard: which of the candidates is handed over, and why the others are not.
 
-What the user names is obeyed. What is left to `auto` is chosen among the candidates inside the budget: the fastest one
-that is *shown* to be faster than the float baseline (the whole 95 % interval of the speed-up above MARGIN), else the
-baseline. A lossy candidate that could not be judged is never taken by `auto`. Where nothing could be measured, the
-first lossy candidate inside the budget is taken, and that is said.
+What is left to `auto` is chosen among the candidates inside the budget: the fastest one that is *shown* to be faster
+than the float baseline (the whole 95 % interval of the speed-up above MARGIN), else the baseline; among those that are
+as fast, the closest to the original. A lossy candidate that could not be judged is never taken by `auto`. Where nothing
+could be measured, the first lossy candidate inside the budget is taken, and that is said.
+
+What the user names is obeyed. Of several candidates of that precision the closest to the original is taken that is as
+fast as the plain one (AS_FAST of its speed) and no slower than the float baseline, where any is that fast.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +19,8 @@ from .types import Attempt, Budget
 
 #: Two runs of the same file differ by up to about 1 % in the median of their ratios (tests/test_timing.py).
 MARGIN = 1.02
+#: Speeds in this ratio count as the same.
+AS_FAST = 0.97
 
 
 def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None) -> tuple[Attempt, ...]:
@@ -55,9 +61,19 @@ def _problem(attempt: Attempt, budget: Budget) -> str | None:
 
 
 def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: str) -> int:
-    """The first attempt of the named precision that is inside the budget, else the first of that precision."""
+    """Among the attempts of the named precision inside the budget, else the first of that precision."""
     of_it = [i for i, a in enumerate(attempts) if a.precision == named]
-    return next((i for i in of_it if problems[i] is None), of_it[0] if of_it else 0)
+    inside = [i for i in of_it if problems[i] is None]
+    if not inside:
+        return of_it[0] if of_it else 0
+    speeds = {i: attempts[i].measurement.speedup for i in inside}
+    known = {i: speed for i, speed in speeds.items() if speed is not None}
+    if len(known) < len(inside):
+        return inside[0]
+    fastest = max(known.values())
+    plain = attempts[of_it[0]].measurement.speedup or fastest
+    floor = max(AS_FAST * min(plain, fastest), min(1.0, fastest))
+    return _closest(attempts, [i for i in inside if known[i] >= floor])
 
 
 def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None]) -> int:
@@ -66,10 +82,21 @@ def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None]) -> int
         return 0
     if attempts[0].measurement.median_ms is None:
         return inside[-1] if 0 not in inside or len(inside) == 1 else next(i for i in inside if i != 0)
-    faster = [i for i in inside if i and shown_faster(attempts[i])]
-    if faster:
-        return max(faster, key=lambda i: attempts[i].measurement.speedup or 0.0)  # paired: medians drift apart
+    faster = {i: attempts[i].measurement.speedup or 0.0 for i in inside if i and shown_faster(attempts[i])}
+    if faster:  # paired: medians drift apart
+        return _closest(attempts, [i for i, speed in faster.items() if speed >= AS_FAST * max(faster.values())])
     return 0 if 0 in inside else inside[0]
+
+
+def _closest(attempts: Sequence[Attempt], among: Sequence[int]) -> int:
+    """Return the one whose worst output is closest to the original's; the fastest where nothing tells them apart."""
+
+    def figures(i: int) -> tuple[float, float]:
+        found = attempts[i].fidelity
+        sqnr = [math.inf if o.sqnr_db is None else o.sqnr_db for o in found.outputs] if found is not None else []
+        return min(sqnr, default=0.0), attempts[i].measurement.speedup or 0.0
+
+    return max(among, key=figures)
 
 
 def shown_faster(attempt: Attempt) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..passes.placement import place
 from . import contributions, costs, mixed
-from .closeness import Closeness, few
+from .closeness import few
 from .errors import BudgetError
 from .layers import LINEAR, macs
 from .quantizer import Quantizer
@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 #: At least this share of the multiply-accumulates stays on integers where integers were asked for.
 LEAST_INTEGER = 0.5
 #: Points of the frontier, and its mixtures' and their timing's extent.
-_POINTS, _MIXTURES, _SECONDS = 6, 8, 4.0
+_POINTS, _MIXTURES, _SECONDS = 5, 6, 3.0
 #: Images that each rounding is judged on: so many input numbers, within these limits.
-_NUMBERS, _FEWEST, _MOST = 4 * 3 * 352 * 352, 2, 64
+_NUMBERS, _FEWEST, _MOST = 4 * 3 * 352 * 352, 2, 32
+#: Assignments are looked for up to this multiple of the plain one's latency, or of the float one's if that is less.
+_REACH = 1.06
 #: Seconds after which no further image is taken, where no budget is stated.
 _PATIENCE = 45.0
 
@@ -75,10 +77,16 @@ def explore(
     threads: int,
     seed: int = 0,
     least_integer: float = LEAST_INTEGER,
+    reach: float | None = _REACH,
     seconds: float | None = None,
     progress: Progress,
 ) -> Exploration | None:
-    """Return the frontier; None where there is nothing to choose. `feed` is one input to time, None to time nothing."""
+    """Return the frontier; None where there is nothing to choose.
+
+    `feed` is one input to time, None to time nothing. At least `least_integer` of the multiply-accumulates stays on
+    integers, and nothing slower than `reach` times the plain assignment is looked for (None: whatever it takes).
+    `seconds` bounds the measuring of errors and the search.
+    """
     scheme = quantizer.scheme
     wiring = wire(quantizer.model, _placement(quantizer))
     if len(wiring.units) < 2:
@@ -102,15 +110,16 @@ def explore(
         )
         measure = "ms"
     problem = mixed.mixed_problem(wiring, prices, errors, {"float_macs": {n: (part, 0.0) for n, part in work.items()}})
+    everything, nothing = (_uniform(problem, precision) for precision in (mixed.INTEGER, mixed.FLOAT))
     limits = {"float_macs": 1 - least_integer}
+    if reach is not None and feed is not None:
+        limits["ms"] = reach * min(everything.predicted["ms"], nothing.predicted["ms"])
     try:
         found = mixed.frontier(
             problem, "error", measure, points=_POINTS, limits=limits, deadline=deadline, progress=progress
         )
-    except BudgetError:  # even with everything on integers that can be, too little of the work is
+    except BudgetError:  # nothing is as fast, or even with all that can be on integers, too little of the work is
         found = mixed.frontier(problem, "error", measure, points=_POINTS, deadline=deadline, progress=progress)
-    everything = mixed.Assignment(dict.fromkeys(problem.choices, mixed.INTEGER))
-    everything = replace(everything, predicted=problem.amounts(everything.precision))
     timed = feed is not None
     points = [_point(one, wiring, errors, timed) for one in found]
     return Exploration(
@@ -157,11 +166,12 @@ def _float_macs(model: ir.Model, wiring: Wiring) -> dict[str, float]:
     return {unit.name: every[unit.name] / total for unit in wiring.units if every.get(unit.name)}
 
 
+def _uniform(problem: mixed.Problem, precision: str) -> mixed.Assignment:
+    choice = dict.fromkeys(problem.choices, precision)
+    return mixed.Assignment(choice, problem.amounts(choice))
+
+
 def _no_costs(wiring: Wiring) -> costs.Costs:
     nothing = {link.tensor: 0.0 for link in wiring.links}
     return costs.Costs(nothing, nothing, nothing, nothing)
 
-
-def closeness_of(points: tuple[Point, ...], quantizer: Quantizer, judge: Closeness) -> list[float]:
-    """Return the measured SQNR in dB of each point on the judge's images."""
-    return [judge.decibels(quantizer.build(p.keep_float).model) for p in points]

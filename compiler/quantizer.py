@@ -17,7 +17,6 @@ from ..passes.quantize import Quantize
 from . import model as model_io
 from . import pipeline
 from .closeness import few
-from .layers import LINEAR
 from .sensitivity import LayerError, layer_errors
 from .types import OpSupport, PassRecord, Progress, QuantScheme, Range, StoredWeight, TensorStatistics, WeightType
 
@@ -126,20 +125,3 @@ def _collapsed(errors: Mapping[str, LayerError]) -> dict[str, str]:
         if e.sqnr_db < FLOOR_DB
     }
 
-
-def edges(quantizer: Quantizer) -> list[dict[str, str]]:
-    """Return what may be left in float for nothing: the layers at the two ends of the network, most of them first.
-
-    A first layer has few input channels and fills no integer kernel; a last one gives floats anyway. Both round where
-    it hurts most: the image itself, and the answer.
-    """
-    inputs, outputs = set(quantizer.model.graph.inputs), set(quantizer.model.graph.outputs)
-    layers = [n for n in quantizer.model.graph if n.name in quantizer.errors and n.op_type in LINEAR]
-    first = {
-        n.name or "": "first layer: float costs less than 4 % of the time" for n in layers if n.inputs[0] in inputs
-    }
-    last = {
-        n.name or "": "last layer: float costs less than 4 % of the time" for n in layers if n.outputs[0] in outputs
-    }
-    both = [{**first, **last}, first, last] if first and last else [first or last]
-    return [e for e in both if e and len(e) < len(layers)]

@@ -8,7 +8,7 @@ scales, and the shift of each bias.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,7 +47,7 @@ def round_weights(
     feeds: Sequence[Mapping[str, np.ndarray]],
     method: str = "auto",
     *,
-    ridge: float = rounding.RIDGE,
+    shrink: float = rounding.SHRINK,
     correct: bool = True,
     follow_skips: bool = True,
     seed: int = 0,
@@ -56,18 +56,18 @@ def round_weights(
 ) -> Roundings:
     """Choose the weight of every layer that `quantize` quantizes; the float `model` is left as it is.
 
-    `feeds` are batches of calibration inputs (see `calibration_feeds`). `method` is "auto", "nearest" or a name in
-    rounding.METHODS; the weights and biases of `quantize` itself are not looked at. `correct` and `follow_skips` as for
-    layerwise.walk. Layers whose weights are no integers, or that have no Gram matrix, are left to `quantize`; their
-    step says why.
+    `feeds` are batches of calibration inputs (see `calibration_feeds`). `method` is "nearest" (the weight itself, its
+    largest number not clipped) or a name in rounding.METHODS; `shrink` is as for rounding.problem, `correct` and
+    `follow_skips` as for layerwise.walk. What is returned takes the place of `quantize.weights` and `.bias_shift`.
+    Layers whose weights are no integers, or that have no Gram matrix, are left to `quantize`; their step says why.
     """
     twin = model_io.copy(model)
-    quantize(twin)
+    replace(quantize, weights={}, bias_shift={})(twin)
 
     def choose(site: Site) -> Choice | str:
         name = site.node.name or ""
         kind = weight_format(site.node, site.weight.shape, quantize.scheme, quantize.weight_types.get(name))
-        return chosen(site, kind, method, ridge)
+        return chosen(site, kind, method, shrink)
 
     steps = walk(
         model,
@@ -98,7 +98,7 @@ def calibration_feeds(
     return [batch.feed for batch in few.batches(_BATCH)]
 
 
-def chosen(site: Site, kind: WeightFormat, method: str, ridge: float = rounding.RIDGE) -> Choice | str:
+def chosen(site: Site, kind: WeightFormat, method: str, shrink: float = rounding.SHRINK) -> Choice | str:
     """Round one layer's weight into a format by a method; the reason where it cannot be done."""
     if not kind.dtype.endswith(("int8", "int4")):
         return f"{kind.dtype} is no integer type"
@@ -112,7 +112,7 @@ def chosen(site: Site, kind: WeightFormat, method: str, ridge: float = rounding.
         cross,
         low=-int(kind.limit),
         high=int(kind.limit),
-        ridge=ridge,
+        shrink=shrink,
         columns=np.arange(layout.inputs) // kind.block if kind.block else None,
         shared=kind.axis is None,
     )

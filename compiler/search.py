@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +32,7 @@ from . import pipeline
 from .closeness import Closeness, few
 from .quantizer import Quantizer, choose_ranges
 from .rounder import calibration_feeds, round_weights
-from .types import CalibrationSummary, PassRecord, QuantScheme, Range, StepRecord
+from .types import CalibrationSummary, PassRecord, QuantScheme, Range, StepRecord, TensorStatistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,6 +59,7 @@ class Found:
     steps: tuple[StepRecord, ...] = ()
     records: tuple[PassRecord, ...] = ()
     calibration: CalibrationSummary | None = None
+    statistics: Mapping[str, TensorStatistics] = field(default_factory=dict)
 
 
 def search(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover) -> Found:
@@ -71,7 +72,7 @@ def search(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover) -> F
         state.calibrate()
     if scheme.weight_max <= _FEW_LEVELS:
         state.round()
-    return Found(state.quantizer, tuple(state.steps), tuple(state.records), state.calibration)
+    return Found(state.quantizer, tuple(state.steps), tuple(state.records), state.calibration, state.statistics)
 
 
 class _Search:
@@ -85,6 +86,7 @@ class _Search:
         self.steps: list[StepRecord] = []
         self.records: list[PassRecord] = []
         self.calibration: CalibrationSummary | None = None
+        self.statistics: Mapping[str, TensorStatistics] = {}
 
     def wanted(self, name: str) -> bool:
         return name not in self.this.options.without
@@ -175,7 +177,7 @@ class _Search:
             threads=self.this.threads,
             progress=self.this.progress,
         )
-        seconds = time.perf_counter() - start
+        self.statistics, seconds = found.statistics, time.perf_counter() - start
         start = time.perf_counter()
         tried = []
         for method in methods:

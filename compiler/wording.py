@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from . import job as jobs
 from .report import text
-from .types import Attempt, QuantScheme
+from .types import Attempt
 
 if TYPE_CHECKING:
     from .job import Job
 
 _NO_CALIBRATION = (
-    "without calibration images only exact passes ran; --calib FOLDER with a few hundred images allows numbers of few bits"
+    "without calibration images only exact passes ran; --calib FOLDER with a few hundred images allows fewer bits"
 )
 
 
@@ -40,13 +40,14 @@ def warnings(job: Job) -> tuple[str, ...]:
 
 def _elsewhere(job: Job) -> tuple[str, ...]:
     """Return what was computed here otherwise than the device will."""
-    scheme = jobs.scheme(job)
-    name = text.precision(job.options.precision)
-    if isinstance(scheme, QuantScheme) and scheme.simulated:
+    scheme = jobs.quant_scheme(job)
+    if scheme is None or job.judged is None:
+        return ()
+    if scheme.simulated:
+        name = text.precision(job.options.precision)
         return (f"{name} was simulated: numbers are rounded as it rounds them, and computed with as FP32",)
-    if job.target is None and job.judged is not None:
-        return (f"quality was judged on this machine, which is not a {job.profile.title}: its kernels may round otherwise",)
-    return ()
+    here = f"quality was judged on this machine, which is not a {job.profile.title}"
+    return (f"{here}: the device's kernels may round otherwise",) if job.target is None else ()
 
 
 def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:

@@ -28,20 +28,28 @@ def value(p, rounded):
 SEARCHES = [name for name in R.METHODS if name != "auto"]
 
 
-def test_the_objective_is_the_outputs_error_and_the_ridge():
+def test_the_objective_is_the_outputs_error():
     x, y, weight = data(groups=2)
-    ridge = 0.03
-    p = made(x, y, weight, ridge=ridge)
-    extra = ridge * np.trace(x.swapaxes(1, 2) @ x, axis1=1, axis2=2) / 6
+    p = made(x, y, weight, shrink=0.0, damping=0.0)
 
     def dense(v):
-        fit = ((y - x @ v.swapaxes(1, 2)) ** 2).sum(1)
-        return fit + extra[:, None] * ((v - weight) ** 2).sum(2)
+        return ((y - x @ v.swapaxes(1, 2)) ** 2).sum(1)
 
     one, other = (value(p, R.nearest(p, f * p.widest_scales())) for f in (1.0, 0.3))
     expected = dense(one) - dense(other)
     np.testing.assert_allclose(p.errors(one - p.target) - p.errors(other - p.target), expected, rtol=1e-9)
-    assert (dense(p.target) <= np.minimum(dense(one), dense(weight)) + 1e-9).all()
+    fitted = np.linalg.lstsq(x[0], y[0], rcond=None)[0].T
+    np.testing.assert_allclose(p.target[0], fitted, rtol=1e-6)
+
+
+def test_the_target_is_ridge_regression_towards_the_weight():
+    """The least of |Y - XT'|^2 + shrink m |T - W|^2, as least squares with rows appended."""
+    x, y, weight = data()
+    p = made(x, y, weight, shrink=0.3)
+    root = np.sqrt(0.3 * np.trace(x[0].T @ x[0]) / 6)
+    rows, wanted = np.vstack([x[0], root * np.eye(6)]), np.vstack([y[0], root * weight[0].T])
+    np.testing.assert_allclose(p.target[0], np.linalg.lstsq(rows, wanted, rcond=None)[0].T, rtol=1e-6)
+    np.testing.assert_allclose(made(x, y, weight, shrink=1e12).target, weight, rtol=1e-6)
 
 
 def test_gptq_in_natural_order_is_the_textbook_recursion():
@@ -62,7 +70,7 @@ def test_gptq_in_natural_order_is_the_textbook_recursion():
 def test_gpfq_is_the_greedy_path():
     """Zhang, Zhou, Saab 2022: the state u is carried along the rows of the images themselves."""
     x, y, weight = data(2, out=1)
-    p = made(x, y, weight, ridge=1e-12)
+    p = made(x, y, weight, shrink=0.0, damping=0.0)
     scale = float(np.float32(p.widest_scales()[0, 0, 0]))
     state, integers = np.zeros(64), []
     for t in range(6):
@@ -141,7 +149,7 @@ def test_descent_never_rises_from_sweep_to_sweep():
 
 def test_refitted_scales_are_the_least_squares_ones():
     x, y, weight = data(7, out=2)
-    p = made(x, y, weight, ridge=1e-12)
+    p = made(x, y, weight, shrink=0.0, damping=0.0)
     found = R.refitted(p, R.nearest(p, 0.8 * p.widest_scales()))
     for row in range(2):
         best = np.linalg.lstsq(x[0] @ found.integers[0, row, :, None].astype(float), y[0, :, row], rcond=None)[0]
@@ -218,7 +226,7 @@ def test_rows_of_zeros_and_of_negative_numbers(method):
 
 
 def test_ties_go_to_the_even_integer():
-    p = R.problem(np.array([[[0.5, 1.5, -2.5, 3.0]]]), np.eye(4)[None], np.zeros((1, 1, 4)), low=-3, high=3, ridge=1e9)
+    p = R.problem(np.array([[[0.5, 1.5, -2.5, 3.0]]]), np.eye(4)[None], np.zeros((1, 1, 4)), low=-3, high=3)
     np.testing.assert_array_equal(R.nearest(p, np.ones((1, 1, 1))).integers[0, 0], [0, 2, -2, 3])
 
 

@@ -159,7 +159,7 @@ def _attempts(report: Report) -> str:
     if len(report.attempts) < 2:
         return ""
     table = tables.attempts(report.attempts, numbered=True)
-    return _section(table.title, _scatter(report) + _table(table))
+    return _section(table.title, _scatter(report) + _table(table)) + _predictions(report)
 
 
 def _scatter(report: Report) -> str:
@@ -180,6 +180,11 @@ def _scatter(report: Report) -> str:
         lines += "; the line joins those that no other beats in both"
     caption = f"{axes}. Numbers as in the table; {lines}."
     return _figure(chart, caption)
+
+
+def _predictions(report: Report) -> str:
+    table = tables.predictions(report.attempts)
+    return _section(table.title, _table(table)) if table.rows else ""
 
 
 def _steps(report: Report) -> str:
@@ -222,7 +227,9 @@ def _layer_chart(report: Report) -> str:
         return ""
     worst = min(judged, key=lambda x: x.sqnr_db or 0.0)
     weakest = f"{text.clean(worst.node)}, {text.decibels(worst.sqnr_db)}"
-    found = [charts.Column(_layer(x), x.sqnr_db, hollow=layer_tables.is_float(x), strong=x is worst) for x in report.layers]
+    found = [
+        charts.Column(_layer(x), x.sqnr_db, hollow=layer_tables.is_float(x), strong=x is worst) for x in report.layers
+    ]
     says = f"Each layer's own SQNR in dB, in the order of execution; higher is better. Weakest: {weakest}."
     hatched = " Hatched: left in float." if any(c.hollow for c in found) else ""
     gaps = " A gap: not judged." if any(c.value is None and not c.hollow for c in found) else ""

@@ -14,6 +14,8 @@ FLOATS = ("float32", "float16", "bfloat16", "float64", "double", "fp32", "fp16",
 #: How many layers are named as the sources of error.
 SOURCES = 5
 
+_PLAIN = "plain rounding: no outlier, nothing clipped; a smaller --max-drop keeps such layers in float"
+
 
 # ------------------------------------------------------------------------------------------ which run on what
 
@@ -74,7 +76,7 @@ _FIELDS: tuple[_Field, ...] = (
     _Field("precision", lambda x: text.clean(x.precision), _ALWAYS),
     _Field("#range", lambda x: _range(x.output_range), _ALWAYS),
     _Field("#scale", lambda x: text.MISSING if x.scale is None else f"{x.scale:.3g}", _ALWAYS),
-    _Field("#clipped\n%", lambda x: text.small_percent(x.clipped_percent), lambda x: x.clipped_percent is not None),
+    _Field("#clipped\n%", lambda x: text.fixed(x.clipped_percent, 3), lambda x: x.clipped_percent is not None),
     _Field("#SQNR\nin dB", lambda x: text.fixed(x.sqnr_in_db, 1), lambda x: x.sqnr_in_db is not None),
     _Field("#SQNR\nout dB", lambda x: text.fixed(x.sqnr_out_db, 1), lambda x: x.sqnr_out_db is not None),
     _Field("#own\nSQNR dB", lambda x: text.fixed(x.sqnr_db, 1), lambda x: x.sqnr_db is not None),
@@ -100,9 +102,7 @@ def layers(found: Sequence[Layer], *, numbered: bool = False) -> Table:
     if any(x.sqnr_out_db is not None for x in found):
         shown = [f for f in shown if f.title != _ROOM]
     titles = [*(["##"] if numbered else []), *(f.title for f in shown)]
-    rows = tuple(
-        (*([str(i)] if numbered else []), *(f.write(x) for f in shown)) for i, x in enumerate(found, 1)
-    )
+    rows = tuple((*([str(i)] if numbered else []), *(f.write(x) for f in shown)) for i, x in enumerate(found, 1))
     reasons: dict[str, list[str]] = {}
     for x in found:
         if x.reason:
@@ -144,5 +144,8 @@ def sources(report: Report) -> Table:
     heads = tuple(Column(t.removeprefix("#"), t.startswith("#")) for t in titles)
     tried = all(is_float(x) for x in arithmetic(report.layers))
     title = f"Where the error {'of what was tried would come' if tried else 'comes'} from"
-    note = f"shares of the error at the outputs; these {len(found)} make {shared:.0f} % of it. All: --layers"
-    return Table(title, heads, rows, (note,) if rows else ())
+    note = (
+        f"shares of the error at the outputs; these {len(found)} make {shared:.0f} % of it. All: edgec inspect --layers"
+    )
+    plain = (_PLAIN,) if any(x.cause and x.remedy is None for x in found) else ()
+    return Table(title, heads, rows, (note, *plain) if rows else ())

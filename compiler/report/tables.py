@@ -179,32 +179,56 @@ def attempts(found: Sequence[Attempt], *, numbered: bool = False) -> Table:
     return Table("Candidates", headings, tuple(rows), (*marked, *notes), strong)
 
 
+def predictions(found: Sequence[Attempt]) -> Table:
+    """What mixed precision foretold of the candidates, beside what was measured of them."""
+    told = [a for a in found if a.predicted_ms is not None or a.predicted_db is not None]
+    places = text.column_decimals(a.measurement.median_ms for a in found)
+    titles = ("candidate", "#predicted ms", "#measured ms", "#off %", "#predicted dB", "#measured dB", "#off dB")
+    rows = tuple(
+        (
+            text.clean(a.name),
+            text.fixed(a.predicted_ms, places),
+            text.fixed(a.measurement.median_ms, places),
+            text.signed(_relative(a.predicted_ms, a.measurement.median_ms), 0),
+            text.fixed(a.predicted_db, 1),
+            text.fixed(a.calibration_db, 1),
+            text.signed(_difference(a.predicted_db, a.calibration_db), 1),
+        )
+        for a in told
+    )
+    notes = ("dB: SQNR of the outputs on calibration images; off: predicted less measured",) if rows else ()
+    return Table("Predicted and measured", columns(*titles), rows, notes)
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _relative(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else 100 * (a / b - 1)
+
+
 # ------------------------------------------------------------------------------------------ steps
 
 
 def steps(records: Sequence[StepRecord]) -> Table:
     """The steps of quantization: what each chose, what it gained on calibration images, whether it was kept."""
-    titles = columns("step", "chosen", "#before", "#after", "#gain", "#time", "")
+    titles = columns("step", "chosen", "#before dB", "#after dB", "#gain dB", "#time", "")
     rows = tuple(
         (
             text.clean(r.name),
             text.clean(r.detail),
             text.fixed(r.sqnr_before_db, 1),
             text.fixed(r.sqnr_after_db, 1),
-            _gain(r),
+            text.signed(_difference(r.sqnr_after_db, r.sqnr_before_db), 1),
             text.seconds(r.seconds),
             "kept" if r.kept else "taken back",
         )
         for r in records
     )
-    meaning = "SQNR in dB of the worst output, on calibration images; what gains nothing is taken back"
+    meaning = "SQNR of the worst output, on calibration images; what gains nothing is taken back"
     left_out = "edgec compile --without STEP leaves one out"
     return Table("Steps to few bits", titles, rows, (meaning, left_out) if rows else ())
-
-
-def _gain(record: StepRecord) -> str:
-    before, after = record.sqnr_before_db, record.sqnr_after_db
-    return text.signed(None if before is None or after is None else after - before, 1)
 
 
 # ------------------------------------------------------------------------------------------ passes

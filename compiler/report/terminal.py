@@ -38,6 +38,7 @@ def render(report: Report, console: Console) -> None:
         tables.quality(report.fidelity, report.budget),
         tables.outputs(report.fidelity),
         tables.attempts(report.attempts if len(report.attempts) > 1 else ()),
+        tables.predictions(report.attempts),
         tables.steps(report.steps),
         layer_tables.sources(report),
         tables.passes(report.passes),

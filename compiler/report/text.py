@@ -58,13 +58,6 @@ def signed(value: float | None, decimals: int) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{round(value, decimals) + 0.0:+.{decimals}f}"
 
 
-def small_percent(value: float | None) -> str:
-    """Return percent without the sign, two digits of small ones: 0, 0.0076, 1.3, 12."""
-    if value is None or not math.isfinite(value):
-        return MISSING
-    return f"{value:.1g}" if value < 0.001 else f"{value:.2g}"
-
-
 def ms(value: float | None) -> str:
     """Return milliseconds with three significant digits and the unit."""
     return "not measured" if value is None else f"{significant(value)} ms"
