@@ -17,6 +17,7 @@ from ..backends.ort import Session
 from ..compiler import model as model_io
 from .derive import values
 from .folder import Batch
+from .observe import first_not_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,8 @@ def collect_channels(
 ) -> dict[str, ChannelExtremes]:
     """Run `model` over the batches and return the extremes along `axes` (tensor name -> its channel axis).
 
-    An axis of None takes the tensor for one channel: shape (1,). Tensors that the main graph does not have, or whose rank is unknown, are left out; `model` is not changed.
+    An axis of None takes the tensor for one channel: shape (1,). Tensors that the main graph does not have, or whose
+    rank is unknown, are left out; `model` is not changed. DataError where an extreme is NaN or infinite.
     """
     twin = model_io.copy(model)
     held = values(twin.graph)
@@ -63,6 +65,8 @@ def collect_channels(
             out = session.run(batch.feed)
             for name in names:
                 least, most = (np.atleast_1d(out[f"{name}::{op}"].astype(np.float64)) for op in ("ReduceMin", "ReduceMax"))
+                if not (np.isfinite(least).all() and np.isfinite(most).all()):
+                    raise first_not_finite(model, batch) or AssertionError(name)
                 low[name] = np.minimum(low.get(name, least), least)
                 high[name] = np.maximum(high.get(name, most), most)
     return {name: ChannelExtremes(low[name], high[name]) for name in low}

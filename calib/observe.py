@@ -228,9 +228,17 @@ class _Sweep:
 
     def _explain(self, step: Batch) -> None:
         """Raise a DataError that names the first tensor which is not finite; none is where only a mean overflowed."""
-        for name, array in _everything(self._model, step):
-            if not np.isfinite(array).all():
-                raise _not_finite(name, array, step)
+        found = first_not_finite(self._model, step)
+        if found is not None:
+            raise found
+
+
+def first_not_finite(model: ir.Model, step: Batch) -> DataError | None:
+    """Return what to raise about the model's first tensor, in graph order, that holds NaN or infinity; None if none."""
+    for name, array in _everything(model, step):
+        if not np.isfinite(array).all():
+            return _not_finite(name, array, step)
+    return None
 
 
 def _not_finite(name: str, array: np.ndarray, step: Batch) -> DataError:

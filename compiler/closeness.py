@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..backends.ort import Session
+from ..calib.observe import first_not_finite
 from . import model as model_io
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ _BATCH = 8
 
 
 class Closeness:
-    """The float model's outputs on a few images, and the distance of other models from them."""
+    """The float model's outputs on a few images, and the distance of other models from them.
+
+    DataError where the float model itself gives NaN: nothing can be close to that.
+    """
 
     def __init__(self, model: ir.Model, images: Folder, threads: int) -> None:
         self._threads = threads
@@ -40,6 +44,9 @@ class Closeness:
         with TemporaryDirectory() as folder:
             session = Session(model_io.session_source(model, Path(folder)), threads=threads)
             self._expected = [_real(session.run(feed), batch) for feed, batch in self._batches]
+        for (_, batch), outputs in zip(self._batches, self._expected, strict=True):
+            if any(np.isnan(y).any() for y in outputs.values()):
+                raise first_not_finite(model, batch) or AssertionError("only fused kernels give NaN")
 
     def decibels(self, model: ir.Model, *, simulated: bool = False) -> float:
         """Return the SQNR in dB of the model's worst output; infinite where nothing differs, -infinite for NaN.

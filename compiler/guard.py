@@ -61,11 +61,11 @@ def _problem(attempt: Attempt, budget: Budget) -> str | None:
 
 
 def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: str) -> int:
-    """Among the attempts of the named precision inside the budget, else the first of that precision."""
+    """Choose among the attempts of the named precision: those inside the budget, if any."""
     of_it = [i for i, a in enumerate(attempts) if a.precision == named]
-    inside = [i for i in of_it if problems[i] is None]
+    inside = [i for i in of_it if problems[i] is None] or of_it
     if not inside:
-        return of_it[0] if of_it else 0
+        return 0
     speeds = {i: attempts[i].measurement.speedup for i in inside}
     known = {i: speed for i, speed in speeds.items() if speed is not None}
     if len(known) < len(inside):
