@@ -176,7 +176,7 @@ class Made:
 
 
 def launch(
-    command: Sequence[object], here: Path, limit: float, cwd: Path | None = None, **environment: str
+    command: Sequence[object], here: Path, limit: int, cwd: Path | None = None, **environment: str
 ) -> tuple[dict[str, Any], str]:
     """Run a command, its log going to the folder `here`; return what it took (launch.py) and what it printed."""
     spent, log = here / "spent.json", here / "log.txt"
@@ -210,11 +210,11 @@ def peer(tool: Tool, config: str, work: Path, args: argparse.Namespace) -> Made:
     spent, log = launch(command, here, args.limit, cwd=here)  # some leave files where they stand
     reason = None
     if spent["exit"] is None:
-        reason = f"stopped after {args.limit:.0f} s"
+        reason = f"stopped after {args.limit} CPU seconds"
     elif spent["exit"] or not out.exists():
         reason = _last_line(log)
     seconds = here / "seconds.json"
-    known = {**spent, "reason": reason, "seconds": json.loads(seconds.read_text()) if seconds.exists() else None}
+    known = {**spent, "reason": reason, "seconds": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else None}
     record.write_text(json.dumps(known), encoding="utf-8")
     return _made(name, here, known)
 
@@ -240,7 +240,7 @@ def ours(subject: Subject, precision: str, work: Path, args: argparse.Namespace)
     if spent["exit"]:
         return Made(name, None, _last_line(log), None, spent["cpu_s"], spent["peak_mb"])
     if spent["exit"] is None:
-        return Made(name, None, f"stopped after {args.limit:.0f} s", None, spent["cpu_s"], spent["peak_mb"])
+        return Made(name, None, f"stopped after {args.limit} CPU seconds", None, spent["cpu_s"], spent["peak_mb"])
     report = edgec.inspect(here / "bundle")
     return Made(name, here / "bundle" / "model.onnx", None, report.seconds, spent["cpu_s"], spent["peak_mb"])
 
@@ -374,7 +374,7 @@ def integer_kernels(path: Path) -> str:
         options.log_severity_level = 4
         options.optimized_model_filepath = str(Path(place) / "optimised.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+        kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node]
     integer = sum(kind in INTEGER for kind in kinds)
     return f"{integer} of {integer + sum(kind in FLOAT for kind in kinds)}"
 
@@ -412,7 +412,7 @@ def main() -> None:
     names("--precision", type=_list, default=["int8"], metavar="NAME,…", help="what edgec compiles to, a row each")
     names("--threads", type=int, default=1)
     names("--seconds", type=float, default=30.0, help="to time each model, in all")
-    names("--limit", type=float, default=240.0, help="seconds after which a tool is stopped")
+    names("--limit", type=int, default=240, help="CPU seconds after which a tool is stopped (thrice that by the clock)")
     names("--retry", action="store_true", help="run peers again that failed in an earlier run")
     args = parser.parse_args()
     known = ["edgec", *(t.name for t in tools())]

@@ -64,7 +64,9 @@ def collect_channels(
         for batch in batches:
             out = session.run(batch.feed)
             for name in names:
-                least, most = (np.atleast_1d(out[f"{name}::{op}"].astype(np.float64)) for op in ("ReduceMin", "ReduceMax"))
+                least, most = (
+                    np.atleast_1d(out[f"{name}::{op}"].astype(np.float64)) for op in ("ReduceMin", "ReduceMax")
+                )
                 if not (np.isfinite(least).all() and np.isfinite(most).all()):
                     raise first_not_finite(model, batch) or AssertionError(name)
                 low[name] = np.minimum(low.get(name, least), least)

@@ -172,7 +172,7 @@ def _covered(c: Context) -> str:
 def _widened(c: Context) -> str:
     if "rounding" in c.without:
         return "leave --without rounding out"
-    done = "rounded for the least error of the layer's output already; " if "rounding" in c.steps else ""
+    done = "rounded for the least error at each layer's output already; " if "rounding" in c.steps else ""
     return f"{done}--precision int8 has more bits"
 
 
@@ -219,5 +219,5 @@ def likely(what: What, facts: Facts, context: Context) -> tuple[str, str | None]
         if cause.side in (side, None) and value is not None and value >= cause.limit:
             return f"{cause.name} in its {what}: {cause.says.format(**vars(facts))}", cause.remedy(context)
     if side == "weights" and facts.levels is not None and facts.levels <= _FEW_LEVELS:
-        return f"few bits: its weights have {2 * facts.levels + 1} levels", _widened(context)
+        return f"few bits: weights of {2 * facts.levels + 1} levels", _widened(context)
     return f"{ALONE} of its {what}", None

@@ -1,6 +1,6 @@
 """How close a candidate is to the float model on a few calibration images: what decides each step of quantization.
 
-    SQNR = 10 log10( sum y^2 / sum (y - y')^2 )    over all elements of an output and all images; the worst output counts
+    SQNR = 10 log10( sum y^2 / sum (y - y')^2 )      over all elements of an output and all images; the worst counts
 
 The float model's outputs are computed once and kept, so judging a candidate costs one pass over the images. The
 held-out images are never looked at here: fidelity.py judges on those what comes out in the end.

@@ -84,7 +84,7 @@ def int8_finding(profile: DeviceProfile) -> Finding:
     """Say how ONNX Runtime wants its integers on this CPU, and what is to be expected of them."""
     scheme = base.load("ort").schemes(profile)["int8"]
     if not isinstance(scheme, QuantScheme):
-        return Finding("INT8", "warning", scheme)
+        return Finding("INT8", "warning", str(scheme))
     rows = ((status, words) for feature, status, words in INT8_WORDS if feature in profile.features)
     status, words = next(rows, ("warning", "the CPU's instruction set is not known"))
     bits = f"{scheme.activation} activations, {scheme.weight} weights up to {scheme.weight_max}"

@@ -17,16 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..calib.channels import ChannelExtremes, collect_channels
 from ..passes.placement import Placement, output_tensor, place
 from ..passes.quant_params import LIMITS, activation_params
 from ..passes.weight_writer import channel_axis, input_axis, weight_format
-from . import causes, contributions, layer_sqnr, layers
+from . import causes, layer_sqnr, layers
+from .contributions import Contributions, measure
 from .switchboard import Source, Switchboard
 from .types import Layer, Progress, QuantScheme, Range, Refusal, StepRecord, TensorStatistics, silent
-from .units import wire
+from .units import Wiring, wire
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,10 +33,10 @@ if TYPE_CHECKING:
     from ..calib.folder import Folder
     from .quantizer import Quantizer
 
-#: Multiply-accumulates that one measurement may take: about a second on one core.
-_WORK = 6e10
+#: Multiply-accumulates that one measurement may take: well below a second on one core.
+_WORK = 3e10
 #: Images: the most that are looked at, and the fewest for SQNRs.
-_MOST, _LEAST = 16, 4
+_MOST, _LEAST = 16, 2
 #: After so many seconds no further batch is measured for the shares.
 _SECONDS = 10.0
 _BATCH = 8
@@ -48,6 +47,7 @@ def explain(
     images: Folder | None,
     *,
     statistics: Mapping[str, TensorStatistics] | None = None,
+    contributions: Contributions | None = None,
     steps: Sequence[StepRecord] = (),
     without: tuple[str, ...] = (),
     features: tuple[str, ...] = (),
@@ -58,8 +58,9 @@ def explain(
     """Return every layer, join and rounded input of the model that `quantizer` builds, in graph order.
 
     `quantizer.kept` must hold all nodes that stay in float. Without `images` nothing is measured. `statistics` are
-    those of calibration, by tensor, `steps` and `without` what was tried and left out, `features` those of the device's
-    CPU, `refusals` the reasons for nodes left in float.
+    those of calibration, by tensor; `contributions` those of the same quantizer with every node on integers, if they
+    are known already; `steps` and `without` what was tried and left out; `features` those of the device's CPU;
+    `refusals` the reasons for nodes left in float.
     """
     subject = _Subject.of(quantizer)
     rows = subject.rows(refusals)
@@ -76,7 +77,9 @@ def explain(
         progress=progress,
     )
     extremes = collect_channels(quantizer.model, subject.channel_axes(), some.batches(_BATCH), threads)
-    portions = _portions(subject, images, work, threads, progress)
+    wiring = wire(quantizer.model, subject.placement)
+    found = contributions or _contributions(subject, wiring, images, work, threads, progress)
+    portions = _portions(subject, wiring, found)
     context = causes.Context(quantizer.scheme, quantizer.method, {s.name: s for s in steps}, without)
     judge = _Judge(subject, statistics or {}, extremes, context, largest_pair(quantizer.scheme, features))
     return tuple(judge.row(row, sqnr.get(row.node), portions.get(row.node)) for row in rows)
@@ -186,11 +189,12 @@ class _Portion:
         return replace(self, tensors=self.tensors + part, tensor=name, largest=largest)
 
 
-def _portions(subject: _Subject, images: Folder, work: float, threads: int, progress: Progress) -> dict[str, _Portion]:
-    wiring = wire(subject.quantizer.model, subject.placement)
+def _contributions(
+    subject: _Subject, wiring: Wiring, images: Folder, work: float, threads: int, progress: Progress
+) -> Contributions:
     board = Switchboard(subject.quantizer.model, subject.built, wiring, threads=threads)
     some = _some(images, _count(work * max(len(board.sources), 1)))
-    found = contributions.measure(
+    return measure(
         board,
         wiring,
         some.batches(_BATCH),
@@ -200,13 +204,23 @@ def _portions(subject: _Subject, images: Folder, work: float, threads: int, prog
         deadline=time.monotonic() + _SECONDS,
         progress=progress,
     )
-    total = float(np.sum(found.alone))
+
+
+def _portions(subject: _Subject, wiring: Wiring, found: Contributions) -> dict[str, _Portion]:
+    """Share the error out among rows: what sources that are at work add, each alone."""
+    units = {unit.name for unit in wiring.units}
+    working = [
+        (replace(source, units=tuple(u for u in source.units if u in units)), float(energy))
+        for source, energy in zip(found.sources, found.alone, strict=True)
+        if not units.isdisjoint(source.units)
+    ]
+    total = sum(energy for _, energy in working)
     if not (math.isfinite(total) and total > 0):
         return {}
     producers = {link.tensor: link.producer for link in wiring.links}
     inputs = {v.name for v in subject.quantizer.model.graph.inputs}
     portions: dict[str, _Portion] = {unit.name: _Portion() for unit in wiring.units}
-    for source, energy in zip(found.sources, found.alone.tolist(), strict=True):
+    for source, energy in working:
         row = source.units[0]
         if source.kind == "tensor":
             row = source.name if source.name in inputs else producers.get(source.name) or row

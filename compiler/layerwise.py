@@ -193,15 +193,26 @@ def _pick(node: ir.Node, x: Arrays, target: Arrays, options: _Options) -> _Picke
     layout = gram.layout(node, weight.shape)
     if isinstance(layout, str):
         return _Picked(reason=layout)
-    moments = gram.Moments(replace(layout, biased=layout.biased and options.correct))
+    layout = replace(layout, biased=layout.biased and options.correct)
+    moments, bias = gram.Moments(layout), _bias(node, weight.size // layout.inputs).reshape(layout.groups, 1, -1)
     most = math.ceil(max(ROWS, ROWS_PER_INPUT * layout.inputs) / len(x))
     for one, wanted in zip(x, target, strict=True):
-        moments.add(*layout.rows(one, wanted, most, options.rng))
+        rows, values = layout.rows(one, wanted, most, options.rng)
+        moments.add(rows, values - bias)  # what the weight has to make
     choice = options.choose(Site(node, weight, moments))
     if isinstance(choice, str):
         return _Picked(reason=choice)
     error = layout.matrix(dequantize(choice.stored).astype(np.float64) - weight)
     return _Picked(choice, _ratio_db(moments.energy, float(((error @ moments.gram()) * error).sum())))
+
+
+def _bias(node: ir.Node, channels: int) -> np.ndarray:
+    """Return the layer's constant bias, one float64 per output channel; zeros where it has none."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None or value.const_value is None:
+        return np.zeros(channels)
+    bias = value.const_value.numpy().reshape(-1).astype(np.float64) * node.attributes.get_float("beta", 1.0)
+    return np.broadcast_to(bias, (channels,))
 
 
 def _turned(node: ir.Node, twin: ir.Node) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..passes.placement import place
+from ..passes.placement import Placement, place
 from . import contributions, costs, mixed
 from .closeness import few
 from .errors import BudgetError
@@ -131,7 +131,7 @@ def explore(
     )
 
 
-def _placement(quantizer: Quantizer):  # type: ignore[no-untyped-def]  # the name of its type is a local import's
+def _placement(quantizer: Quantizer) -> Placement:
     return place(quantizer.model, quantizer.ranges, quantizer.supports, quantizer.scheme, quantizer.kept)
 
 
@@ -174,4 +174,3 @@ def _uniform(problem: mixed.Problem, precision: str) -> mixed.Assignment:
 def _no_costs(wiring: Wiring) -> costs.Costs:
     nothing = {link.tensor: 0.0 for link in wiring.links}
     return costs.Costs(nothing, nothing, nothing, nothing)
-

@@ -68,9 +68,7 @@ class Quantizer:
     def step(self, keep_float: Mapping[str, str] | None = None) -> Quantize:
         """Return the pass that quantizes the model, all but the nodes in `kept` and `keep_float` (name -> reason)."""
         keep = {**self.kept, **(keep_float or {})}
-        return Quantize(
-            self.ranges, self.supports, self.scheme, keep, self.bias_shift, self.weight_types, self.weights
-        )
+        return Quantize(self.ranges, self.supports, self.scheme, keep, self.bias_shift, self.weight_types, self.weights)
 
     def build(self, keep_float: Mapping[str, str] | None = None) -> Quantized:
         """Quantize a copy of the model."""
@@ -124,4 +122,3 @@ def _collapsed(errors: Mapping[str, LayerError]) -> dict[str, str]:
         for name, e in errors.items()
         if e.sqnr_db < FLOOR_DB
     }
-

@@ -125,7 +125,7 @@ class _Search:
         found = self._extremes(self.quantizer.model, variables)
         ranges = {n: np.stack([e.min, e.max]) for n, e in found.items() if variables.channels(n)[0] is not None}
         before = self.decibels(replace(self.quantizer, ranges=_scaled(found, variables, None)))
-        tried = []
+        tried: list[tuple[float, float, ir.Model, PassRecord]] = []
         for strength in STRENGTHS:
             factors = activation_range_factors(variables, ranges, strength)
             model, (record,) = pipeline.run(
@@ -204,7 +204,7 @@ class _Search:
     def _corrected(self, tried: Sequence[tuple[float, Quantizer]]) -> Quantizer:
         """Return the closest quantizer after the biases of all that were tried are corrected."""
         start = time.perf_counter()
-        best, before = tried[0][1], tried[0][0]
+        before = tried[0][0]
         results = []
         for _, quantizer in tried:
             fixed = quantizer.corrected(self.images, self.this.threads, self.this.progress)
@@ -216,7 +216,7 @@ class _Search:
             return chosen
         kept = after > before
         self.note("bias-correction", kept, before, after, start, f"{len(chosen.bias_shift)} layers, {chosen.method}")
-        return chosen if kept else replace(chosen, bias_shift={}, ranges=best.ranges, method=best.method)
+        return chosen if kept else replace(results[0][1], bias_shift={})
 
     # -------------------------------------------------------------------------------- weights
 

@@ -124,7 +124,7 @@ class QdqWriter:
             self.graph.remove(follower, safe=True)
 
     def _shield_pool(self, node: ir.Node) -> None:
-        """Keep ONNX Runtime from rounding in front of a float MaxPool: its NCHW MaxPool of bytes takes many times as long.
+        """Keep ONNX Runtime from rounding in front of a float MaxPool: its MaxPool of bytes takes many times as long.
 
         It moves QuantizeLinear backward through a MaxPool, but not through a LeakyRelu of slope 1.
         """
@@ -204,7 +204,9 @@ class QdqWriter:
         out = node.outputs[0]
         inputs = [None if v is None else self._integer(v) for v in node.inputs]
         integer = self.build.value(f"{out.name}_quantized", onnx_type(self.activation), out.shape)
-        self.graph.append(ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=[integer], name=node.name))
+        self.graph.append(
+            ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=[integer], name=node.name)
+        )
         self.integers[out] = integer
 
     def _restore_output(self, value: ir.Value) -> None:

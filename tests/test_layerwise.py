@@ -203,17 +203,17 @@ def test_what_is_chosen_is_what_quantize_writes(net):
 
 
 def test_each_part_of_the_method_helps(net):
-    """In dB at the output, on the calibration images: nearest, with its bias mended, GPTQ, and all of it."""
+    """In dB at the output, on the calibration images: bias correction and rounding, each alone and both."""
     model, feeds = net
 
     def result(method, **options):
         return round_weights(model, weights_only(), feeds, method, **options).steps[-1].sqnr_out_db
 
-    plain = result("nearest", correct=False)
-    mended = result("nearest")
-    best = result("auto")
+    plain, chosen = result("nearest", correct=False), result("auto", correct=False)
+    mended, best = result("nearest"), result("auto")
     assert plain < mended < best
     assert best > mended + 3
+    assert plain < chosen < best
 
 
 def test_plain_rounding_is_what_quantize_does_itself(net):

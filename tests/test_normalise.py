@@ -442,7 +442,8 @@ def test_the_passes_do_not_read_large_weights(tmp_path):
 
 SLICES = """
 g (float[1,2,6,8] x) => (float[1,2,3,4] y)
-<int64[1] zero = {0}, int64[1] far = {9223372036854775807}, int64[1] two = {2}, int64[1] rows = {2}, int64[1] columns = {%s}>
+<int64[1] zero = {0}, int64[1] far = {9223372036854775807}, int64[1] two = {2}, int64[1] rows = {2},
+ int64[1] columns = {%s}>
 {
     half = Slice (x, zero, far, rows, two)
     y = Slice (half, zero, far, columns, two)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..types import Layer, Range, Report
 from . import text
-from .grid import Column, Table
+from .grid import Table, columns
 
 #: What a layer that computes in floating point is called; 8-bit floats are not among them.
 FLOATS = ("float32", "float16", "bfloat16", "float64", "double", "fp32", "fp16", "bf16")
@@ -109,8 +109,7 @@ def layers(found: Sequence[Layer], *, numbered: bool = False) -> Table:
             reasons.setdefault(text.clean(x.reason), []).append(text.clean(x.node))
     notes = tuple(f"{', '.join(nodes)}: {why}" for why, nodes in reasons.items())
     said = tuple(_MEANINGS[f.title] for f in shown if f.title in _MEANINGS)
-    heads = tuple(Column(t.removeprefix("#"), t.startswith("#")) for t in titles)
-    return Table(f"Layers: {in_integers(found)}", heads, rows, (*said, *notes))
+    return Table(f"Layers: {in_integers(found)}", columns(*titles), rows, (*said, *notes))
 
 
 def _range(span: Range | None) -> str:
@@ -127,25 +126,31 @@ def largest_sources(report: Report) -> tuple[Layer, ...]:
 
 
 def sources(report: Report) -> Table:
-    """The layers with the largest shares of the error: the likely cause, and what was done or can be."""
+    """The layers with the largest shares of the error: the likely cause, and what was done or can be.
+
+    Advice that holds for all of them is said once, beneath.
+    """
     found = largest_sources(report)
-    shared = sum(x.share_percent or 0.0 for x in found)
+    advice = {x.remedy for x in found}
+    each = len(advice) > 1
     rows = tuple(
         (
             text.clean(x.node),
             text.fixed(x.share_percent, 1),
             text.fixed(x.weights_percent, 1),
             text.clean(x.cause or text.MISSING),
-            text.clean(x.remedy or text.MISSING),
+            *([text.clean(x.remedy or text.MISSING)] if each else []),
         )
         for x in found
     )
-    titles = ("layer", "#share\n%", "#weights\n%", "likely cause", "done, or to do")
-    heads = tuple(Column(t.removeprefix("#"), t.startswith("#")) for t in titles)
+    titles = columns("layer", "#share\n%", "#weights\n%", "likely cause", *(["done, or to do"] if each else []))
     tried = all(is_float(x) for x in arithmetic(report.layers))
     title = f"Where the error {'of what was tried would come' if tried else 'comes'} from"
-    note = (
-        f"shares of the error at the outputs; these {len(found)} make {shared:.0f} % of it. All: edgec inspect --layers"
+    shared = sum(x.share_percent or 0.0 for x in found)
+    plain = any(x.cause and x.remedy is None for x in found)
+    notes = (
+        f"shares of the error at the outputs; these {len(found)} make {shared:.0f} % of it (all: inspect --layers)",
+        *([] if each else (text.clean(a) for a in advice if a)),
+        *([_PLAIN] if plain else []),
     )
-    plain = (_PLAIN,) if any(x.cause and x.remedy is None for x in found) else ()
-    return Table(title, heads, rows, (note, *plain) if rows else ())
+    return Table(title, titles, rows, notes if rows else ())
