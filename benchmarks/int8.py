@@ -125,7 +125,7 @@ def run(case: Case, args: argparse.Namespace) -> None:
         paths = {f"onnxruntime {name}": path for name, path in peers(float_model, calib, work)}
         bundle = work / "edgec"
         edgec.compile(
-            model, bundle, calib=calib_dir, eval=eval_dir, precision="int8", preprocess=str(sidecar),
+            model, bundle, calib=calib_dir, precision="int8", preprocess=str(sidecar),
             metric=metric_name, threads=args.threads,
         )  # fmt: skip
         paths["edgec"] = bundle / "model.onnx"

@@ -5,10 +5,10 @@
     python benchmarks/peers.py --model FILE --calib DIR --eval DIR --preprocess FILE --venvs VENVS --work WORK
 
 DIR as for int8.py. The tools stand in peers/run_*.py, each with its packages and configurations at its top; a peer that
-cannot be installed, fails, or takes longer than --limit is a row with the reason. Peers get the BN-folded file at opset
+cannot be installed, fails, or takes more than --limit is a row with the reason. Peers get the BN-folded file at opset
 13 or above and the decoded images, edgec the raw file and the folder, through its command line, without its caches.
 
-Results of the peers are kept in WORK by the content of model, images and script: a run that was broken off goes on where
+What the peers made is kept in WORK by the content of model, images and script: a run that was broken off goes on where
 it stopped (--retry runs those again that failed). edgec is run each time.
 
 Judge: SQNR and top-1, agreement, or the F1 of boxes, over all held-out images, one at a time, against the raw file with
@@ -21,18 +21,11 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import json
-import os
-import re
-import shutil
-import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import edgec
 import numpy as np
@@ -47,87 +40,12 @@ from edgec.compiler.fidelity import compare
 from edgec.compiler.metrics import load_metric
 from edgec.compiler.types import Fidelity
 from int8 import CASES, _part, folded
+from peers.runner import Made, ours, peer, set_up, tools
 
-PEERS = Path(__file__).with_suffix("")
 RAW, FOLDED = "raw file", "FP32 folded"
-#: No tool shall call home, and none shall look for a GPU.
-ENVIRONMENT = {
-    "OLIVE_DISABLE_TELEMETRY": "1",
-    "NNCF_CI": "1",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
 #: Operators of ONNX Runtime's optimised graph that do the linear layers, on integers and on floats.
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"}
 FLOAT = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"}
-
-
-# --------------------------------------------------------------------------------------------- the tools
-
-
-@dataclass(frozen=True)
-class Tool:
-    """One peer: its script and what the script's head says."""
-
-    name: str
-    script: Path
-    dependencies: tuple[str, ...]
-    configs: tuple[str, ...]
-
-
-def tools() -> list[Tool]:
-    """Read the heads of the scripts (inline script metadata, PEP 723)."""
-    found = []
-    for script in sorted(PEERS.glob("run_*.py")):
-        block = re.search(r"(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$", script.read_text(encoding="utf-8"))
-        assert block is not None, f"{script} has no inline metadata"
-        head = tomllib.loads("\n".join(line[2:] for line in block[1].splitlines()))
-        configs = head["tool"]["peers"]["configs"]
-        found.append(Tool(script.stem.removeprefix("run_"), script, tuple(head["dependencies"]), tuple(configs)))
-    return found
-
-
-def python_of(venv: Path) -> Path:
-    """Return the interpreter of a virtual environment."""
-    return venv / "bin" / "python"
-
-
-def set_up(tool: Tool, venvs: Path) -> str:
-    """Make the tool's environment, unless it is there with these packages; return "ready" or why it is not.
-
-    Ends with a first import, which with some tools builds code.
-    """
-    venv, wanted = venvs / tool.name, json.dumps(tool.dependencies)
-    ready, failed = venv / "ready.json", venv / "failed.txt"
-    if ready.exists() and ready.read_text(encoding="utf-8") == wanted:
-        return "ready"
-    venv.mkdir(parents=True, exist_ok=True)
-    failed.unlink(missing_ok=True)
-    for command in (
-        [sys.executable, "-m", "venv", venv],
-        [python_of(venv), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *tool.dependencies],
-        [python_of(venv), tool.script],
-    ):
-        done = subprocess.run(
-            command, cwd=venv, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        if done.returncode:
-            failed.write_text(done.stdout, encoding="utf-8")
-            return f"not installed: {_last_line(done.stdout)}"
-    ready.write_text(wanted, encoding="utf-8")
-    return "ready"
-
-
-def _environment(**more: str) -> dict[str, str]:
-    return {**os.environ, **ENVIRONMENT, **more}
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|InvalidGraph|Fail)\b", line)]
-    return (errors or lines or ["no output"])[-1][:160]
 
 
 # --------------------------------------------------------------------------------------------- what is compared
@@ -160,91 +78,6 @@ def subjects(args: argparse.Namespace, place: Path) -> Iterator[Subject]:
         yield Subject(args.data / "models" / f"{case.model}.onnx", str(sidecar), calib, held_out, case.metric)
 
 
-@dataclass(frozen=True)
-class Made:
-    """What one tool made of the model: `path` is None where it made nothing, and `reason` says why.
-
-    `seconds` is the tool's own call, `cpu_s` and `peak_mb` are those of the whole process, imports included.
-    """
-
-    name: str
-    path: Path | None = None
-    reason: str | None = None
-    seconds: float | None = None
-    cpu_s: float | None = None
-    peak_mb: float | None = None
-
-
-def launch(
-    command: Sequence[object], here: Path, limit: int, cwd: Path | None = None, **environment: str
-) -> tuple[dict[str, Any], str]:
-    """Run a command, its log going to the folder `here`; return what it took (launch.py) and what it printed."""
-    spent, log = here / "spent.json", here / "log.txt"
-    with log.open("w", encoding="utf-8") as stream:
-        subprocess.run(
-            [sys.executable, PEERS / "launch.py", str(limit), spent, *map(str, command)],
-            cwd=cwd, env=_environment(**environment), stdout=stream, stderr=subprocess.STDOUT, check=True,
-        )  # fmt: skip
-    return json.loads(spent.read_text(encoding="utf-8")), log.read_text(encoding="utf-8", errors="replace")
-
-
-def peer(tool: Tool, config: str, work: Path, args: argparse.Namespace) -> Made:
-    """Quantize work/folded.onnx with a peer, or take what an earlier run made."""
-    name = f"{tool.name} {config}"
-    venv = args.venvs / tool.name
-    if not (venv / "ready.json").exists():
-        failed = venv / "failed.txt"
-        return Made(name, reason=_last_line(failed.read_text(encoding="utf-8")) if failed.exists() else "not installed")
-    digest = hashlib.sha256(tool.script.read_bytes() + (PEERS / "common.py").read_bytes()).hexdigest()[:8]
-    here = work / f"{tool.name}-{config.replace(' ', '-')}-{digest}"
-    record = here / "record.json"
-    if record.exists():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["reason"] is None or not args.retry:
-            return _made(name, here, known)
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir(parents=True)
-    out = here / "model.onnx"
-    command = [python_of(venv), tool.script, work / "folded.onnx", work / "calib.npy", out, config]
-    print(f"{name} …", file=sys.stderr, flush=True)
-    spent, log = launch(command, here, args.limit, cwd=here)  # some leave files where they stand
-    reason = None
-    if spent["exit"] is None:
-        reason = f"stopped after {args.limit} CPU seconds"
-    elif spent["exit"] or not out.exists():
-        reason = _last_line(log)
-    seconds = here / "seconds.json"
-    known = {**spent, "reason": reason, "seconds": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else None}
-    record.write_text(json.dumps(known), encoding="utf-8")
-    return _made(name, here, known)
-
-
-def _made(name: str, here: Path, known: Mapping[str, Any]) -> Made:
-    path = None if known["reason"] else here / "model.onnx"
-    return Made(name, path, known["reason"], known["seconds"], known["cpu_s"], known["peak_mb"])
-
-
-def ours(subject: Subject, precision: str, work: Path, args: argparse.Namespace) -> Made:
-    """Compile the raw file through edgec's command line, with an empty cache."""
-    name, here = f"edgec {precision}", work / f"edgec-{precision}"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir(parents=True)
-    options = {
-        "-o": here / "bundle", "--calib": subject.calib, "--eval": subject.eval, "--preprocess": subject.preprocess,
-        "--metric": subject.metric, "--precision": precision, "--threads": args.threads,
-    }  # fmt: skip
-    given = [part for option, value in options.items() if value is not None for part in (option, value)]
-    print(f"{name} …", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "edgec", "compile", subject.model, *given]
-    spent, log = launch(command, here, args.limit, XDG_CACHE_HOME=str(here / "cache"))
-    if spent["exit"]:
-        return Made(name, None, _last_line(log), None, spent["cpu_s"], spent["peak_mb"])
-    if spent["exit"] is None:
-        return Made(name, None, f"stopped after {args.limit} CPU seconds", None, spent["cpu_s"], spent["peak_mb"])
-    report = edgec.inspect(here / "bundle")
-    return Made(name, here / "bundle" / "model.onnx", None, report.seconds, spent["cpu_s"], spent["peak_mb"])
-
-
 # --------------------------------------------------------------------------------------------- one model
 
 
@@ -256,9 +89,14 @@ def run(subject: Subject, args: argparse.Namespace) -> None:
     calib, held_out = (folder.open_folder(d, pre, specs) for d in (subject.calib, subject.eval))
     work = prepared(model, calib, args.work)
     made = [Made(RAW, model), Made(FOLDED, work / "folded.onnx")]
-    made += [peer(t, config, work, args) for t in tools() if wanted(t.name, args) for config in t.configs]
+    settings = {"venvs": args.venvs, "limit": args.limit, "retry": args.retry}
+    made += [peer(t, config, work, **settings) for t in tools() if wanted(t.name, args) for config in t.configs]
     if wanted("edgec", args):
-        made += [ours(subject, precision, work, args) for precision in args.precision]
+        options = {
+            "--calib": subject.calib, "--eval": subject.eval, "--preprocess": subject.preprocess,
+            "--metric": subject.metric, "--threads": args.threads,
+        }  # fmt: skip
+        made += [ours(model, precision, options, work, limit=args.limit) for precision in args.precision]
     feed = dict(next(iter(held_out.batches(1))).feed)
     opened: dict[str, Session] = {}
     reference = Session(model, optimise=False)
@@ -295,11 +133,13 @@ def wanted(name: str, args: argparse.Namespace) -> bool:
 def prepared(model: Path, calib: folder.Folder, work: Path) -> Path:
     """Return the folder for this model and these images, with folded.onnx and calib.npy for the peers."""
     images = np.concatenate([array for batch in calib.batches(1) for array in batch.feed.values()])
-    digest = hashlib.sha256(model.read_bytes() + images.tobytes()).hexdigest()[:8]
+    with TemporaryDirectory() as place:
+        folded(model, Path(place) / "folded.onnx")
+        data = (Path(place) / "folded.onnx").read_bytes()
+    digest = hashlib.sha256(data + images.tobytes()).hexdigest()[:8]
     here = work.absolute() / f"{model.stem}-{digest}"
     here.mkdir(parents=True, exist_ok=True)
-    if not (here / "folded.onnx").exists():
-        folded(model, here / "part.onnx").replace(here / "folded.onnx")
+    (here / "folded.onnx").write_bytes(data)
     np.save(here / "calib.npy", images)
     return here
 
@@ -359,7 +199,7 @@ def print_costs(made: Sequence[Made]) -> None:
 
 
 def integer_share(path: Path) -> float | None:
-    """Return the percentage of multiply-adds whose two factors are quantized in the file; None if shapes are unknown."""
+    """Return the percentage of multiply-adds whose two factors are quantized in the file; None for unknown shapes."""
     layers = edgec.inspect(path).layers
     if any(layer.macs is None for layer in layers):
         return None
@@ -374,7 +214,9 @@ def integer_kernels(path: Path) -> str:
         options.log_severity_level = 4
         options.optimized_model_filepath = str(Path(place) / "optimised.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node]
+        kinds = [
+            node.op_type for node in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
+        ]
     integer = sum(kind in INTEGER for kind in kinds)
     return f"{integer} of {integer + sum(kind in FLOAT for kind in kinds)}"
 
@@ -426,7 +268,6 @@ def main() -> None:
         return
     if not args.data and not (args.model and args.calib and args.eval):
         parser.error("give --data, or --model with --calib and --eval")
-    args.venvs = args.venvs.absolute()
     with TemporaryDirectory() as place:
         for subject in subjects(args, Path(place)):
             run(subject, args)

@@ -79,7 +79,7 @@ def of_tensor(
     """Return the facts of a tensor that is represented over `span` in even steps (None: in uneven ones)."""
     found = {**_of_channels(None if extremes is None else extremes.magnitude)}
     if statistics is not None:
-        found |= _of_extremes(span, statistics)
+        found |= _of_extremes(span if step else None, statistics)
         if statistics.histogram is not None and statistics.histogram.any() and statistics.high > statistics.low:
             found |= _of_histogram(span, step, statistics)
     return Facts(**found)  # type: ignore[arg-type]  # the keys are its fields
@@ -106,13 +106,13 @@ def _of_channels(magnitude: np.ndarray | None) -> dict[str, float | int | None]:
     return {"channel": at, "channel_largest": largest, "channel_median": median, "outlier": largest / median}
 
 
-def _of_extremes(span: Range, statistics: TensorStatistics) -> dict[str, float | int | None]:
-    low, high = max(statistics.min, span.min), min(statistics.max, span.max)
-    used = max(high, 0.0) - min(low, 0.0)  # a range always holds 0
-    return {
-        "largest": max(-statistics.min, statistics.max),
-        "unused_percent": 100 * (1 - used / (span.max - span.min)) if span.max > span.min else None,
-    }
+def _of_extremes(span: Range | None, statistics: TensorStatistics) -> dict[str, float | int | None]:
+    found: dict[str, float | int | None] = {"largest": max(-statistics.min, statistics.max)}
+    if span is not None and span.max > span.min:
+        low, high = max(statistics.min, span.min), min(statistics.max, span.max)
+        used = max(high, 0.0) - min(low, 0.0)  # a range always holds 0
+        found["unused_percent"] = 100 * (1 - used / (span.max - span.min))
+    return found
 
 
 def _of_histogram(span: Range, step: float | None, statistics: TensorStatistics) -> dict[str, float | int | None]:
@@ -165,7 +165,7 @@ def _ranged(c: Context) -> str:
 
 def _covered(c: Context) -> str:
     if c.scheme.symmetric:
-        return "this device's integers have no zero point, so one half of them is idle behind a ReLU"
+        return "this device takes no zero point: half of the integers are idle behind a ReLU"
     return _ranged(c)
 
 
@@ -206,8 +206,8 @@ CAUSES: tuple[_Cause, ...] = (
            "range and make {clip_error_percent:.0f} % of the rounding error", _ranged),
     _Cause("range explosion", "tensor", "explosion", 4.0, "the largest element, {largest:.3g}, is {explosion:.1f} "
            "times the 99.9 percentile, {bulk:.3g}", _ranged),
-    _Cause("dead range", "tensor", "unused_percent", 40.0, "{unused_percent:.0f} % of the integers stand for numbers "
-           "that never occur", _covered),
+    _Cause("dead range", "tensor", "unused_percent", 40.0, "{unused_percent:.0f} % of the integers "
+           "never occur", _covered),
 )  # fmt: skip
 
 

@@ -122,6 +122,8 @@ class _Subject:
         plain = replace(quantizer, scheme=replace(quantizer.scheme, nhwc_kernels=False, shield_float=False))
         model = plain.model
         placement = place(model, plain.ranges, plain.supports, plain.scheme, plain.kept)
+        rounding = {node: "combine" for node, _ in placement.reads} | placement.nodes  # residual Adds, pools
+        placement.nodes = {node: rounding[node] for node in model.graph if node in rounding}
         values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
         nodes = {node.name or "": node for node in model.graph}
         return cls(plain, placement, plain.build().model, nodes, {v.name or "": v for v in values})
@@ -250,7 +252,8 @@ class _Judge:
         row = replace(row, clipped_percent=self._tensor(value).clipped_percent)
         if portion is None:
             return row
-        what: causes.What = "output" if value is not None and portion.tensor == value.name else "input"
+        handed_on = node is not None and value is not None and portion.tensor == value.name
+        what: causes.What = "output" if handed_on else "input"
         facts = self._tensor(self.subject.values.get(portion.tensor or ""))
         if portion.weights > portion.tensors:
             what, facts = "weights", self._weight(node)

@@ -14,7 +14,7 @@ All is reduced inside the graph: a few numbers a layer and batch come back, what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,7 +130,7 @@ class _Triplet:
             if forced:
                 inputs = [self._forced(node, i, v) for i, v in enumerate(inputs)]
             outputs = [ir.Value(name=f"{v.name}::{suffix}", type=v.type, shape=v.shape) for v in node.outputs]
-            attributes = node.attributes.values()
+            attributes = [_captured_from(copies, attribute) for attribute in node.attributes.values()]
             name = f"{node.name}::{suffix}"
             self.graph.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name))
             copies.update(zip(node.outputs, outputs, strict=True))
@@ -185,6 +185,18 @@ class _Triplet:
         value = ir.Value(name=out, type=ir.TensorType(ir.DataType.FLOAT))
         self.graph.append(ir.node(op, inputs, attributes or None, outputs=[value], name=out))
         return value
+
+
+def _captured_from(copies: Mapping[ir.Value, ir.Value], attribute: ir.Attr) -> ir.Attr:
+    """Return the attribute; a subgraph is copied, and what it reads of the graph around it is read from `copies`."""
+    if attribute.type != ir.AttributeType.GRAPH:
+        return attribute
+    graph = attribute.as_graph().clone(allow_outer_scope_values=True)
+    for node in graph.all_nodes():
+        for i, value in enumerate(node.inputs):
+            if value in copies:
+                node.replace_input_with(i, copies[value])
+    return ir.AttrGraph(attribute.name, graph)
 
 
 def _in_floats(node: ir.Node, same: ir.Node) -> bool:

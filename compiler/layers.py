@@ -14,6 +14,7 @@ from .types import Layer, Range, Refusal
 #: Operators that count as layers: those that hold weights or do the arithmetic.
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+#: The reason for a layer of a subgraph.
 INSIDE = "it is inside a subgraph (If, Loop, Scan): those are left alone"
 
 
@@ -45,7 +46,7 @@ def describe(
                 scale=scale,
                 sqnr_db=None if dtype is None else errors.get(name),
                 macs=macs(node),
-                reason=reasons.get(name) if dtype is None else None,
+                reason=reasons.get(name),
             )
         )
     return tuple(layers)

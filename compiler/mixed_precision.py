@@ -111,20 +111,22 @@ def explore(
         measure = "ms"
     problem = mixed.mixed_problem(wiring, prices, errors, {"float_macs": {n: (part, 0.0) for n, part in work.items()}})
     everything, nothing = (_uniform(problem, precision) for precision in (mixed.INTEGER, mixed.FLOAT))
-    limits = {"float_macs": 1 - least_integer}
-    if reach is not None and feed is not None:
-        limits["ms"] = reach * min(everything.predicted["ms"], nothing.predicted["ms"])
+    possible = sum(work.values()) if work else 1.0  # layers without an integer form are float whatever is chosen
+    limits = {"float_macs": max(possible - least_integer, 0.0)}
+    fastest = min(everything.predicted["ms"], nothing.predicted["ms"])
+    reached = {} if reach is None or feed is None else {"ms": reach * fastest}
+    search = functools.partial(
+        mixed.frontier, problem, "error", measure, points=_POINTS, deadline=deadline, progress=progress
+    )
     try:
-        found = mixed.frontier(
-            problem, "error", measure, points=_POINTS, limits=limits, deadline=deadline, progress=progress
-        )
-    except BudgetError:  # nothing is as fast, or even with all that can be on integers, too little of the work is
-        found = mixed.frontier(problem, "error", measure, points=_POINTS, deadline=deadline, progress=progress)
+        found = search(limits=limits | reached)
+    except BudgetError:  # nothing with so much on integers is as fast
+        found = search(limits=limits)
     timed = feed is not None
-    points = [_point(one, wiring, errors, timed) for one in found]
+    points = [_point(one, wiring, errors, possible, timed) for one in found]
     return Exploration(
         tuple(p for p in points if p.keep_float),
-        _point(everything, wiring, errors, timed),
+        _point(everything, wiring, errors, possible, timed),
         errors.misfit_db,
         prices.misfit if timed else None,
         errors.images,
@@ -152,11 +154,14 @@ def _in_float(wiring: Wiring, integer: frozenset[str]) -> dict[str, str]:
     return {unit.name: reason for unit in wiring.units if unit.name not in realised}
 
 
-def _point(one: mixed.Assignment, wiring: Wiring, errors: contributions.Contributions, timed: bool) -> Point:
+def _point(
+    one: mixed.Assignment, wiring: Wiring, errors: contributions.Contributions, possible: float, timed: bool
+) -> Point:
     error = errors.expected(one.predicted.get("error", 0.0))
     keep = _in_float(wiring, one.having(mixed.INTEGER))
     ms = one.predicted["ms"] if timed else None
-    return Point(keep, ms, -10 * math.log10(error) if error > 0 else math.inf, 1 - one.predicted.get("float_macs", 0.0))
+    db = -10 * math.log10(error) if error > 0 else math.inf
+    return Point(keep, ms, db, possible - one.predicted.get("float_macs", 0.0))
 
 
 def _float_macs(model: ir.Model, wiring: Wiring) -> dict[str, float]:

@@ -88,8 +88,9 @@ class Quantizer:
         if not first.modified:
             return self
         found = layer_errors(
-            self.model, first.model, some.batches(8), images=len(some), threads=threads, progress=named
-        )
+            self.model, first.model, some.batches(8), images=len(some), threads=threads,
+            simulated=self.scheme.simulated, progress=named,
+        )  # fmt: skip
         return replace(
             self,
             errors={name: e.sqnr_db for name, e in found.items()},

@@ -125,20 +125,18 @@ class _Search:
         found = self._extremes(self.quantizer.model, variables)
         ranges = {n: np.stack([e.min, e.max]) for n, e in found.items() if variables.channels(n)[0] is not None}
         before = self.decibels(replace(self.quantizer, ranges=_scaled(found, variables, None)))
-        tried: list[tuple[float, float, ir.Model, PassRecord]] = []
+        tried = []
         for strength in STRENGTHS:
             factors = activation_range_factors(variables, ranges, strength)
-            model, (record,) = pipeline.run(
-                model_io.copy(self.quantizer.model), [Equalize(factors)], self.prover if not tried else None
-            )
-            if not record.modified:
-                return
+            model = model_io.copy(self.quantizer.model)
+            Equalize(factors).apply(model)
             trial = replace(self.quantizer, model=model, ranges=_scaled(found, variables, factors))
-            tried.append((self.decibels(trial), strength, model, record))
-        after, strength, model, record = max(tried, key=lambda t: t[0])
-        record = replace(record, proof=tried[0][3].proof)
+            tried.append((self.decibels(trial), strength, factors))
+        after, strength, factors = max(tried, key=lambda t: t[0])
+        model, (record,) = pipeline.run(model_io.copy(self.quantizer.model), [Equalize(factors)], self.prover)
         detail = f"{variables.count - 1} channel variables, strength {strength:g}"
-        self._accept("equalize", model, record, before, after, start, detail)
+        if record.modified:
+            self._accept("equalize", model, record, before, after, start, detail)
 
     def _accept(
         self, name: str, model: ir.Model, record: PassRecord, before: float, after: float, start: float, detail: str

@@ -48,11 +48,13 @@ def layer_errors(
     *,
     images: int,
     threads: int = 0,
+    simulated: bool = False,
     progress: Progress = silent,
 ) -> dict[str, LayerError]:
     """Return the own error of every node that both models have and that reads a dequantized tensor, by node name.
 
-    `original` is the float model that `quantized` was made from; neither is changed.
+    `original` is the float model that `quantized` was made from; neither is changed. `simulated`: its types have no
+    kernels here.
     """
     twin, layers = _twin(original, quantized)
     if not layers:
@@ -62,7 +64,9 @@ def layer_errors(
     rows: dict[str, int] = {}
     done = 0
     with TemporaryDirectory() as folder:
-        session = Session(model_io.session_source(twin, Path(folder)), threads=threads)
+        session = Session(
+            model_io.session_source(twin, Path(folder)), threads=threads, fuse_quantized=not simulated
+        )
         for batch in batches:
             out = session.run(batch.feed)
             sums += np.array([[out[f"{name}::signal"], out[f"{name}::error"]] for name in layers], dtype=np.float64)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..backends.ort import Session
 from ..passes.placement import output_tensor
@@ -255,7 +254,14 @@ def _evaluate(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, np.ndarr
     outputs = [v for node in part.graph for v in node.outputs if v.name in names]
     part.graph.outputs.clear()
     part.graph.outputs.extend(outputs)
-    RemoveUnusedNodesPass()(part)
+    needed: set[ir.Node] = set()
+    todo = [v.producer() for v in outputs]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in needed:
+            needed.add(node)
+            todo += [v.producer() for v in node.inputs if v is not None]
+    part.graph.remove([node for node in part.graph if node not in needed])  # also what subgraphs read
     part.graph.inputs.clear()
     with TemporaryDirectory() as folder:
         return found | Session(model_io.session_source(part, Path(folder)), optimise=False).run({})

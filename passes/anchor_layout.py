@@ -52,11 +52,17 @@ class AnchorLayout(Pass):
 def _boundaries(graph: ir.Graph) -> Iterator[tuple[ir.Node, tuple[int, int, int]]]:
     """Yield each QuantizeLinear where floats end, with (C, H, W)."""
     for node in graph:
-        if node.op_type != "QuantizeLinear" or node.inputs[0] is None:
+        if node.op_type != "QuantizeLinear" or node.inputs[0] is None or not _has_one_scale(node):
             continue
         shape = _static_chw(node.inputs[0])
         if shape is not None and _from_float_layer(node.inputs[0]) and _read_by_kernel(node.outputs[0]):
             yield node, shape
+
+
+def _has_one_scale(node: ir.Node) -> bool:
+    """A scale for each channel follows an axis, which Reshape moves."""
+    scale = node.inputs[1]
+    return scale is not None and scale.shape is not None and len(scale.shape) == 0
 
 
 def _static_chw(value: ir.Value) -> tuple[int, int, int] | None:

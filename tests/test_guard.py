@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from edgec.compiler.guard import choose
-from edgec.compiler.types import Attempt, Budget, Fidelity, Measurement
+from edgec.compiler.guard import AS_FAST, choose
+from edgec.compiler.types import Attempt, Budget, Fidelity, Measurement, OutputFidelity
 
 
-def attempt(name, precision, ms=1.0, speedup=None, drop=0.0, size=1000):
+def attempt(name, precision, ms=1.0, speedup=None, drop=0.0, size=1000, db=()):
     low, high = (None, None) if speedup is None else (speedup - 0.05, speedup + 0.05)
     measurement = Measurement(name, "local", ms, speedup=speedup, speedup_low=low, speedup_high=high)
     fidelity = Fidelity("top1", 100, 90.0, 90.0 - drop, drop, drop - 0.1, drop + 0.1)
+    fidelity = replace(fidelity, outputs=tuple(OutputFidelity(f"y{i}", value, None) for i, value in enumerate(db)))
     return Attempt(name, precision, measurement, fidelity, size, False, "")
 
 
@@ -91,3 +92,66 @@ def test_unmeasured_and_outside_the_budget_falls_back():
 def test_what_was_not_measured_is_not_taken_over_what_was():
     left_out = Attempt("int8, 1 in float", "int8", Measurement("x", "none", None, reason="-"), None, 10, False, "")
     assert chosen([FP32, attempt("int8", "int8", 0.5, 2.0, drop=3.0), left_out]) == "fp32"
+
+
+# ------------------------------------------------------------------------------------------ the closest of equals
+
+
+def int8(name, speedup, *db, drop=0.0):
+    return attempt(name, "int8", 1 / speedup, speedup, drop, db=db)
+
+
+def test_named_takes_the_closest_of_those_as_fast_as_the_plain_one():
+    attempts = [FP32, int8("plain", 2.0, 30.0), int8("mixed", 1.95, 35.0), int8("slow", 1.93, 40.0)]
+    assert AS_FAST == 0.97  # 1.94 is as fast as 2.0
+    assert chosen(attempts, named="int8") == "mixed"
+    assert chosen(attempts[:2] + attempts[3:], named="int8") == "plain"
+    faster = [*attempts, int8("faster", 3.0, 32.0)]
+    assert chosen(faster, named="int8") == "mixed"  # what was asked for is that fast: the rest goes to quality
+
+
+def test_named_is_not_slower_than_float_where_that_can_be():
+    attempts = [FP32, int8("plain", 1.02, 30.0), int8("mixed", 0.995, 40.0)]  # as fast as the plain one
+    assert chosen(attempts, named="int8") == "plain"
+    slow = [FP32, int8("plain", 0.8, 30.0), int8("mixed", 0.9, 28.0), int8("fast", 1.01, 20.0)]
+    assert chosen(slow, named="int8") == "fast"
+    assert chosen(slow[:3], named="int8") == "mixed"  # none is: the fastest of what was asked for
+
+
+def test_a_plain_one_outside_the_budget_still_says_what_is_fast():
+    attempts = [FP32, int8("plain", 2.0, 30.0, drop=3.0), int8("a", 1.5, 33.0), int8("b", 1.45, 36.0)]
+    assert chosen(attempts, named="int8") == "a"  # 1.45 is not as fast as 1.5, the fastest that is inside
+    attempts.append(int8("c", 1.47, 36.0))
+    assert chosen(attempts, named="int8") == "c"
+
+
+def test_the_worst_output_counts():
+    attempts = [FP32, int8("plain", 2.0, 30.0, 31.0), int8("mixed", 2.0, 60.0, 29.0)]
+    assert chosen(attempts, named="int8") == chosen(attempts) == "plain"
+    exact = int8("exact", 2.0, None, 32.0)  # None: nothing differs
+    assert chosen([*attempts, exact], named="int8") == chosen([*attempts, exact]) == "exact"
+
+
+def test_ties_go_to_the_faster_and_then_to_the_first():
+    attempts = [FP32, int8("plain", 2.0, 30.0), int8("faster", 2.01, 30.0), int8("again", 2.01, 30.0)]
+    assert chosen(attempts, named="int8") == chosen(attempts) == "faster"
+    unjudged = [replace(a, fidelity=None) for a in attempts]
+    assert chosen(unjudged, named="int8") == "faster"
+
+
+def test_auto_takes_the_closest_of_the_fastest():
+    attempts = [FP32, int8("plain", 2.0, 30.0), int8("mixed", 1.95, 35.0), int8("slow", 1.9, 40.0)]
+    assert chosen(attempts) == "mixed"
+    assert chosen([*attempts, int8("faster", 2.5, 20.0)]) == "faster"  # fastest first
+
+
+def test_other_precisions_are_not_what_was_asked_for():
+    attempts = [FP32, attempt("fp16", "fp16", 0.2, 5.0, db=(80.0,)), int8("plain", 2.0, 30.0)]
+    assert chosen(attempts, named="int8") == "plain"
+    assert chosen(attempts, named="fp32") == "fp32"
+
+
+def test_where_not_all_is_measured_the_first_inside_is_taken():
+    unknown = replace(int8("mixed", 2.0, 40.0), measurement=Measurement("mixed", "none", None, reason="not here"))
+    assert chosen([FP32, int8("plain", 2.0, 30.0), unknown], named="int8") == "plain"
+    assert chosen([FP32, int8("plain", 2.0, 30.0, drop=3.0), unknown], named="int8") == "mixed"

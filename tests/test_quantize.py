@@ -1,6 +1,7 @@
 """The quantize pass: the rules of placement, the written graph, and its numbers against a numpy simulation."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -188,6 +189,64 @@ def test_a_layer_kept_in_float_is_shielded(tmp_path):
     ops = optimised_ops(model, tmp_path)
     assert ops["QLinearConv"] == 2, ops  # without the shield ONNX Runtime quantizes the third one by itself
     np.testing.assert_allclose(run(model, feed)[0], run(model, feed, optimise=True)[0], atol=0.05 * before.std())
+
+
+POOLED = """
+g (float[N, 8, 6, 6] x) => (float[N, 8, 3, 3] y) {
+  a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+  r = Relu (a)
+  p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)
+  y = Conv (p, w2)
+}
+"""
+
+
+def pooled() -> ir.Model:
+    return build(POOLED, w1=weight(8, 8, 3, 3), w2=weight(8, 8, 1, 1))
+
+
+def pools(model, tmp_path) -> set[int]:
+    """Return the types of what MaxPools read after ONNX Runtime's optimisations."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimised.onnx").graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    read = [made_by[n.input[0]].op_type for n in graph.node if "MaxPool" in n.op_type]
+    return set(read)
+
+
+def test_a_pool_of_floats_is_not_done_on_bytes(tmp_path):
+    """ONNX Runtime would move the rounding in front of it, into NCHW, where its MaxPool of bytes is slow."""
+    model = pooled()
+    _, feed, before = quantized(model, keep_float={"Conv_0": "because"})
+    assert "QuantizeLinear" not in pools(model, tmp_path)
+    assert sqnr(before, run(model, feed)[0]) > 30
+    np.testing.assert_allclose(run(model, feed)[0], run(model, feed, optimise=True)[0], atol=0.05 * before.std())
+    shields = [n for n in model.graph if n.op_type == "LeakyRelu"]
+    assert [n.attributes["alpha"].value for n in shields] == [1.0]
+    bare = pooled()
+    quantized(bare, scheme=replace(VNNI, shield_float=False), keep_float={"Conv_0": "because"})
+    assert pools(bare, tmp_path) == {"QuantizeLinear"}, "there is something to shield from"
+
+
+def test_a_pool_of_integers_needs_no_shield(tmp_path):
+    model = pooled()
+    quantized(model)
+    assert "LeakyRelu" not in {n.op_type for n in model.graph}
+    assert optimised_ops(model, tmp_path)["QLinearConv"] == 2
+
+
+def test_a_pool_whose_output_is_read_by_floats_as_well(tmp_path):
+    """Only the rounding reads the shield; the graph output is the pool's own."""
+    text = POOLED.replace("(float[N, 8, 3, 3] y)", "(float[N, 8, 3, 3] y, float[N, 8, 3, 3] p)")
+    model = build(text, w1=weight(8, 8, 3, 3), w2=weight(8, 8, 1, 1))
+    _, feed, _ = quantized(model, keep_float={"Conv_0": "because"})
+    (shield,) = [n for n in model.graph if n.op_type == "LeakyRelu"]
+    assert {use.node.op_type for use in shield.outputs[0].uses()} == {"QuantizeLinear"}
+    assert [v.name for v in model.graph.outputs] == ["y", "p"]
+    assert model.graph.outputs[1].producer().op_type == "MaxPool"
 
 
 def test_nothing_to_quantize_changes_nothing():

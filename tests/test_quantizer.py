@@ -57,7 +57,7 @@ def test_a_layer_whose_input_range_explodes_stays_in_float_and_says_why(quantize
     assert "Conv_0" not in corrected.kept
     assert "below 12" in corrected.kept["Conv_2"]
     built = corrected.build()
-    assert "Conv_2" in {r.node for r in built.record.refusals if r.rule == "kept-float"}
+    assert "Conv_2" in {r.node for r in built.records[0].refusals if r.rule == "kept-float"}
 
 
 def test_widening_takes_the_worst_layers_first(quantizer):

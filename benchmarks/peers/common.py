@@ -2,8 +2,8 @@
 
     python run_TOOL.py MODEL CALIB_NPY OUT CONFIG
 
-CALIB_NPY holds the decoded images, float32 (N, C, H, W). Writes the quantized model to OUT and, beside it, seconds.json:
-wall seconds of the tool's own call (reading the images, loading and saving included, Python's imports not).
+CALIB_NPY holds the decoded images, float32 (N, C, H, W). Writes the quantized model to OUT and, beside it, seconds.json
+with the wall seconds of the tool's own call (reading the images, loading and saving included, Python's imports not).
 """
 
 from __future__ import annotations

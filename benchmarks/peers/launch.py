@@ -3,8 +3,8 @@
     python launch.py LIMIT_S RESULT_JSON COMMAND…
 
 The limit is of CPU time, since the machine may be shared; of wall time, three times as much. Writes {"exit", "cpu_s",
-"peak_mb"}; exit is null where the limit was reached. It is a process of its own because Linux counts what the parent had
-in memory towards the child's peak: this one has next to nothing.
+"peak_mb"}; exit is null where the limit was reached. It is a process of its own because Linux counts what the parent
+had in memory towards the child's peak: this one has next to nothing.
 """
 
 from __future__ import annotations

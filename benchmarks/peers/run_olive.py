@@ -25,7 +25,7 @@ def minmax(model: Path, images: np.ndarray, out: Path) -> None:
     name = common.input_name(model)
 
     @Registry.register_dataset("peer_images")
-    def _dataset(**_: object) -> list[dict[str, np.ndarray]]:
+    def _dataset(**_: object) -> np.ndarray:
         return images
 
     @Registry.register_dataloader("peer_loader")

@@ -4,7 +4,7 @@
 # [tool.peers]
 # configs = ["U8S8 minmax", "U8S8 percentile"]
 # ///
-"""ONNX Runtime's quantize_static: Q/DQ, per channel, uint8 activations and int8 weights, after its own pre-processing."""
+"""ONNX Runtime's quantize_static behind its own pre-processing: per channel, uint8 activations and int8 weights."""
 
 from __future__ import annotations
 

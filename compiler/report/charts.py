@@ -26,9 +26,9 @@ class Bar:
     strong: bool = False
 
 
-def bars(title: str, rows: Sequence[Bar]) -> str:
-    """Return horizontal bars from zero, with whiskers for the intervals."""
-    full = max((max(r.value, r.high or 0.0) for r in rows), default=0.0) or 1.0
+def bars(title: str, rows: Sequence[Bar], full: float | None = None) -> str:
+    """Return horizontal bars from zero, with whiskers for the intervals; `full` ends the scale (None: the largest)."""
+    full = full or max((max(r.value, r.high or 0.0) for r in rows), default=0.0) or 1.0
     drawn = "".join(_bar(row, i * _ROW, 100 / full) for i, row in enumerate(rows))
     return _svg(title, _ROW * len(rows), drawn)
 

@@ -198,7 +198,10 @@ def _sources(report: Report) -> str:
         charts.Bar(text.clean(x.node), f"{text.fixed(x.share_percent, 1)} %", x.share_percent or 0.0) for x in found
     ]
     title = f"{table.title}: " + ", ".join(f"{b.label} {b.figure}" for b in bars)
-    return _section(table.title, charts.bars(title, bars) + _table(table)) if bars else ""
+    chart = _figure(
+        charts.bars(title, bars, full=100.0), f"Share of the error at the outputs, the {len(bars)} largest."
+    )
+    return _section(table.title, chart + _table(table)) if bars else ""
 
 
 def _size(report: Report) -> str:
