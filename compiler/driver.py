@@ -38,6 +38,7 @@ from .types import (
     PassRecord,
     Progress,
     QuantScheme,
+    Refusal,
     Report,
     StepRecord,
     TensorStatistics,
@@ -111,7 +112,7 @@ def _compile(
     attempts = guard.choose([_attempt(c, measured, judged) for c in candidates], options.budget, named=named)
     chosen, attempt = next((c, a) for c, a in zip(candidates, attempts, strict=True) if a.chosen)
     records += [*found.records, *chosen.records] if chosen is not baseline else []
-    refusals = tuple(r for record in records for r in record.refusals)
+    refusals = (*(r for record in records for r in record.refusals), *found.refusals)
     report = Report(
         model=path.name,
         device=this.profile,
@@ -133,7 +134,7 @@ def _compile(
         refusals=refusals,
         calibration=found.calibration,
         preprocess=this.preprocess,
-        warnings=(*filter(None, [found.why_not]), *wording.warnings(this)),
+        warnings=(*filter(None, [found.why_not]), *wording.warnings(this, chosen.precision)),
         advice=wording.advice(this, attempts),
         versions=_versions(),
         machine=devices.local_profile().title,
@@ -158,6 +159,7 @@ class _Found:
     steps: tuple[StepRecord, ...] = ()
     records: tuple[PassRecord, ...] = ()
     why_not: str | None = None
+    refusals: tuple[Refusal, ...] = ()
     statistics: Mapping[str, TensorStatistics] = field(default_factory=dict)
 
 
@@ -171,7 +173,8 @@ def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, w
         found = search(this, model, scheme, prover)
     quantized = found.quantizer.build()
     if not quantized.modified:
-        return _Found(found.calibration, why_not="no node of the model can be quantized: only exact passes ran")
+        why_not = "no node of the model can be quantized: only exact passes ran"
+        return _Found(found.calibration, why_not=why_not, refusals=quantized.records[0].refusals)
     plain = _candidate(this, precision(this), quantized, work)
     mixed, steps = _mixed(this, found.quantizer, plain, work)
     return _Found(

@@ -124,9 +124,12 @@ class _Subject:
         placement = place(model, plain.ranges, plain.supports, plain.scheme, plain.kept)
         rounding = {node: "combine" for node, _ in placement.reads} | placement.nodes  # residual Adds, pools
         placement.nodes = {node: rounding[node] for node in model.graph if node in rounding}
+        built = plain.build()
+        if not built.modified:  # its opset lacks the types
+            placement = Placement()
         values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
         nodes = {node.name or "": node for node in model.graph}
-        return cls(plain, placement, plain.build().model, nodes, {v.name or "": v for v in values})
+        return cls(plain, placement, built.model, nodes, {v.name or "": v for v in values})
 
     def rows(self, refusals: tuple[Refusal, ...]) -> tuple[Layer, ...]:
         """Return rows without figures: rounded inputs, then layers and joins in graph order."""

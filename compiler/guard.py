@@ -33,7 +33,7 @@ def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None) ->
         problems = [p or (_unjudged(a) if i else None) for i, (p, a) in enumerate(zip(problems, attempts, strict=True))]
     winner = _fastest(attempts, problems) if named is None else _named(attempts, problems, named)
     return tuple(
-        replace(a, chosen=i == winner, verdict=_verdict(a, problems[i], i == winner, named, i == 0))
+        replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named))
         for i, a in enumerate(attempts)
     )
 
@@ -105,25 +105,28 @@ def shown_faster(attempt: Attempt) -> bool:
     return low is not None and low > MARGIN
 
 
-def _verdict(attempt: Attempt, problem: str | None, chosen: bool, named: str | None, baseline: bool) -> str:
+def _verdict(attempts: Sequence[Attempt], i: int, winner: int, problem: str | None, named: str | None) -> str:
+    """Say why the attempt was chosen or not; the first one is the baseline."""
+    attempt = attempts[i]
     if problem is not None:
-        return f"asked for, but {problem}" if chosen and named else problem
-    if chosen:
-        return _reason(attempt, named, baseline)
-    if baseline:
+        return f"asked for, but {problem}" if i == winner and named else problem
+    if i == winner:
+        return _reason(attempt, named, i == 0)
+    if i == 0:
         return "the baseline"
     if attempt.measurement.median_ms is None:
         return "inside the budget"
-    return (
-        "inside the budget, but slower than the chosen one"
-        if shown_faster(attempt)
-        else "not shown to be faster than FP32"
-    )
+    if winner == 0:
+        return "not shown to be faster than FP32"
+    fast, faster = (a.measurement.speedup or 0.0 for a in (attempt, attempts[winner]))
+    if fast >= AS_FAST * faster:
+        return "as fast as the chosen one, but no closer to the original"
+    return "inside the budget, but slower than the chosen one"
 
 
 def _reason(attempt: Attempt, named: str | None, baseline: bool) -> str:
     if named:
-        return "asked for"
+        return "asked for" if attempt.precision == named else "only exact passes ran"
     if attempt.measurement.median_ms is None:
         return "inside the budget; speed not measured"
     return "nothing else is faster inside the budget" if baseline else "the fastest inside the budget"

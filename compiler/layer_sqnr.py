@@ -194,7 +194,7 @@ def _captured_from(copies: Mapping[ir.Value, ir.Value], attribute: ir.Attr) -> i
     graph = attribute.as_graph().clone(allow_outer_scope_values=True)
     for node in graph.all_nodes():
         for i, value in enumerate(node.inputs):
-            if value in copies:
+            if value is not None and value in copies:
                 node.replace_input_with(i, copies[value])
     return ir.AttrGraph(attribute.name, graph)
 

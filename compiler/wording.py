@@ -17,8 +17,8 @@ _NO_CALIBRATION = (
 )
 
 
-def warnings(job: Job) -> tuple[str, ...]:
-    """Return what the reader must know before trusting the figures."""
+def warnings(job: Job, precision: str) -> tuple[str, ...]:
+    """Return what the reader must know before trusting the figures of a result in that precision."""
     found = []
     if job.preprocess is not None and job.preprocess.assumed:
         found.append("preprocessing was not stated; assumed: " + ", ".join(job.preprocess.assumed))
@@ -35,7 +35,7 @@ def warnings(job: Job) -> tuple[str, ...]:
         found.append("--max-latency was not checked: nothing is measured for this device here")
     if job.judged is None:
         found.append("quality was not judged: no images")
-    return (*found, *_elsewhere(job))
+    return (*found, *(() if precision == "fp32" else _elsewhere(job)))
 
 
 def _elsewhere(job: Job) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Placement:
 
     `nodes` maps each quantized node to its role; `ranges` each tensor with a scale of its own to its range;
     `produced` holds the tensors that will exist as integers only; `reads` the (node, input index) pairs that
-    shall read a dequantized tensor although the float one exists. `joined` are the Concats whose inputs all have the
+    shall read a rounded tensor although the float one exists. `joined` are the Concats whose inputs all have the
     output's scale: they work on the integers themselves.
     """
 

@@ -43,7 +43,6 @@ def share_scales(placement: Placement) -> None:
         if node.op_type == "Concat" and node.outputs[0] in placement.produced and sets.fit(values):
             sets.tie(values)
             placement.joined.add(node)
-            placement.reads -= {(node, i) for i in range(len(node.inputs))}
     placement.ranges.update({value: sets.range(value) for value in placement.ranges})
 
 

@@ -88,6 +88,17 @@ def test_only_where_a_float_layer_hands_over_to_integer_convs(keep, where):
     assert boundaries(model) == where
 
 
+def test_integers_that_no_conv_reads_are_left_alone():
+    text = """g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {
+      a = Conv <pads = [1, 1, 1, 1]> (x, w)
+      b = Conv (x, v)
+      s = Add (a, b)
+      y = Conv (s, u) }"""
+    model = quantized(build(text, w=weight(8, 8, 3, 3), v=weight(8, 8, 1, 1), u=weight(8, 8, 1, 1)), "Conv_0")
+    assert {n.op_type for n in model.graph} >= {"Add", "QuantizeLinear"}
+    assert not anchored(model).modified
+
+
 def test_pooling_behind_the_layer_does_not_hide_it():
     text = """g (float[N, 8, 6, 6] x) => (float[N, 8, 3, 3] y) {
       a = Conv <pads = [1, 1, 1, 1]> (x, w)

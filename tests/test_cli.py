@@ -45,7 +45,7 @@ def test_the_report_is_honest_about_int8_as_asked(bundle):
     assert report["precision"] == "int8"
     names = [a["name"] for a in report["attempts"]]
     assert names[:2] == ["fp32", "int8"]
-    assert [a["name"] for a in report["attempts"] if a["chosen"]] == ["int8"]
+    assert [a["precision"] for a in report["attempts"] if a["chosen"]] == ["int8"]  # perhaps with layers in float
     for measurement in (report["original"], report["baseline"], report["result"]):
         assert measurement["median_ms"] > 0
         assert measurement["low_ms"] <= measurement["median_ms"] <= measurement["high_ms"]
@@ -230,3 +230,47 @@ def test_auto_does_not_take_what_it_could_not_judge(tiny, tmp_path, edgec):
     report = document(edgec("compile", tiny / "model.onnx", "-o", tmp_path / "out", "--ranges", ranges, "--json"))
     assert report["precision"] == "fp32"
     assert "not judged" in report["attempts"][1]["verdict"]
+
+
+def test_steps_can_be_left_out_and_unknown_ones_are_refused(tiny, tmp_path, edgec):
+    args = ("compile", tiny / "model.onnx", "-o", tmp_path / "out", "--calib", tiny / "images", "--precision", "int8")
+    done = edgec(*args, "--without", "equalise")
+    assert done.returncode == 2
+    assert "'equalise'" in done.stderr and "bias-correction" in done.stderr
+    lean = "smooth,equalize,bias-correction,mixed-precision"
+    report = document(edgec(*args, "--without", lean, "--time-budget", "2min", "--json"))
+    assert [step["name"] for step in report["steps"]] == ["ranges"]
+    assert edgec(*args, "--time-budget", "soon").returncode == 2
+
+
+def test_nan_in_activations_is_named_and_refused(tiny, tmp_path, edgec):
+    text = """g (float[N, 3, 16, 16] x) => (float[N, 4, 16, 16] y) {
+      root = Sqrt (x)
+      y = Conv <pads = [1, 1, 1, 1]> (root, w) }"""
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    model = save(text, tmp_path / "m.onnx", w=weight)
+    (tmp_path / "m.preprocess.yaml").write_text("size: [16, 16]\nmean: [0.5, 0.5, 0.5]\n")  # half the pixels negative
+    done = edgec("compile", model, "-o", tmp_path / "out", "--calib", tiny / "images", "--precision", "int8")
+    assert done.returncode == 2
+    assert "tensor 'root' holds NaN" in done.stderr
+    assert ".png" in done.stderr and "fix: " in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_subgraphs_are_left_alone_and_that_is_said(tiny, tmp_path, edgec):
+    text = """g (float[N, 3, 16, 16] x, bool c) => (float[N, 4, 16, 16] y) {
+      r = Conv <pads = [1, 1, 1, 1]> (x, w)
+      s = If (c) <then_branch = yes () => (float[N, 4, 16, 16] t) { t = Conv <pads = [1, 1, 1, 1]> (r, u) },
+                  else_branch = no () => (float[N, 4, 16, 16] e) { e = Identity (r) }>
+      y = Conv <pads = [1, 1, 1, 1]> (s, u) }""".replace(", bool c)", ")").replace("If (c)", "If (b)")
+    text = text.replace("s = If", "sum = ReduceSum <keepdims = 0> (r)\n b = Greater (sum, zero)\n s = If")
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.normal(size=(4, 3, 3, 3)), "u": rng.normal(size=(4, 4, 3, 3)), "zero": np.array(0.0)}
+    arrays = {name: array.astype(np.float32) for name, array in constants.items()}
+    model = save(text, tmp_path / "m.onnx", **arrays)
+    args = ("--calib", tiny / "images", "--precision", "int8", "--without", "mixed-precision")
+    done = edgec("compile", model, "-o", tmp_path / "out", *args)
+    assert done.returncode == 0, done.stderr
+    assert "it is inside a subgraph (If, Loop, Scan)" in " ".join(done.stdout.split())
+    inside = [n for n in onnx.load(tmp_path / "out/model.onnx").graph.node if n.op_type == "If"]
+    assert {n.op_type for n in inside[0].attribute[0].g.node} == {"Conv"}

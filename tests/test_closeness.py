@@ -50,6 +50,15 @@ def test_it_is_the_sqnr_of_the_worst_output_over_all_images(tmp_path, x):
     assert judge.decibels(three(W, v)) == pytest.approx(each[1], abs=1e-3)
 
 
+def test_outputs_that_hold_no_floats_do_not_count(tmp_path, x):
+    """The first two columns are all but equal: the slightest change swaps the largest of them."""
+    w, v = W.copy(), W.copy()
+    w[:, 1], v[:, 1], w[:, 2], v[:, 2] = 0.9999 * W[:, 0], 1.0001 * W[:, 0], -W[:, 0], -W[:, 0]
+    exact, got = (lab.outputs(three(one), {"x": x})["c"] for one in (w, v))
+    assert (exact != got).mean() > 0.2
+    assert Closeness(three(w), lab.folder(tmp_path, three(), x), 1).decibels(three(v)) > 70
+
+
 def test_the_ends(tmp_path, x):
     judge = Closeness(three(), lab.folder(tmp_path, three(), x), 1)
     assert judge.decibels(three()) == math.inf

@@ -62,7 +62,32 @@ def tail():
     return Lab(build(TAIL, **{n: weight(*s) for n, s in shapes.items()}), {"x": weight(4, 8, 6, 6)})
 
 
-@pytest.mark.parametrize("which", ["lab", "tail"])
+@pytest.fixture(scope="module")
+def joined():
+    """A Concat on integers that rounds `t`, which nothing else does."""
+    text = """g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {
+      a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+      b = Conv (a, w2)
+      t = Tanh (b)
+      c = Concat <axis = 1> (a, t)
+      y = Conv (c, w3) }"""
+    parts = {"w1": 0.1 * weight(8, 8, 3, 3), "w2": weight(8, 8, 1, 1), "w3": weight(8, 16, 1, 1)}
+    return Lab(build(text, **parts), {"x": weight(4, 8, 6, 6)})
+
+
+def test_what_a_concat_of_integers_rounds_is_its_doing(joined):
+    assert [n.op_type for n in place(joined.model, joined.quantizer.ranges, ort_backend.SUPPORTS, SCHEME, {}).joined]
+    found = {s.name: set(s.units) for s in joined.board.sources if s.kind == "tensor"}
+    assert found == {
+        "x": {"Conv_0"},
+        "a": {"Conv_0", "Conv_1", "Concat_3"},
+        "b": {"Conv_1"},
+        "t": {"Concat_3"},
+        "y": {"Conv_4"},
+    }
+
+
+@pytest.mark.parametrize("which", ["lab", "tail", "joined"])
 def test_nothing_on_is_the_float_model_and_all_on_the_quantized_one(which, request):
     lab = request.getfixturevalue(which)
     for ours, theirs in zip(lab.on(), run(lab.model, lab.feed), strict=True):

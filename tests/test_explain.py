@@ -1,4 +1,4 @@
-"""What explain() says of each layer, and the causes: each planted in a model, and each row of the table by its facts."""
+"""What explain() says of each layer, and why: causes planted in models, and each row of their table by its facts."""
 
 from dataclasses import fields, replace
 
@@ -88,7 +88,17 @@ def test_a_kept_layer_has_its_reason_and_what_reads_it_is_charged_for_rounding_i
     found = rows(kept, images, refusals=(Refusal("Conv_0", "kept-float", "first layer"),))
     assert found["Conv_0"].precision == "float32" and found["Conv_0"].reason == "first layer"
     assert found["Conv_0"].share_percent is None and found["Conv_0"].cause is None
-    assert "its input" in found["Conv_2"].cause or found["Conv_2"].weights_percent > found["Conv_2"].share_percent / 2
+    assert "x" not in found  # a float layer reads the image as it is
+    assert sum(x.share_percent or 0 for x in found.values()) == pytest.approx(100)
+    loud = {**quantizer.ranges, "ra": Range(0.0, quantizer.ranges["ra"].max / 2)}
+    charged = rows(replace(kept, ranges=loud), images)["Conv_2"]
+    assert charged.cause.startswith("saturation in its input") and charged.share_percent > 80
+
+
+def test_a_model_whose_opset_lacks_the_types_is_listed_in_float():
+    found = explain(Quantizer(residual(), ort_backend.SUPPORTS, ort_backend.INT4), Images())
+    assert [x.node for x in found] == ["Conv_0", "Conv_2", "Conv_5"]
+    assert all(x.precision == "float32" and x.share_percent is None for x in found)
 
 
 def test_without_images_the_layers_are_listed_all_the_same(subject):
@@ -101,6 +111,7 @@ def test_without_images_the_layers_are_listed_all_the_same(subject):
 def test_every_scheme_can_be_explained(precision):
     """Among them one whose Q/DQ stand in front of layers only, where a residual Add is no unit of the placement."""
     model, images = residual(32), Images()
+    model.opset_imports[""] = 21
     images = replace(images, feed={"x": weight(4, 32, 6, 6)})
     if precision == "int4":
         supports, scheme = ort_backend.SUPPORTS, ort_backend.INT4
@@ -168,7 +179,11 @@ def test_the_clipped_share_is_that_of_the_elements(subject):
 @pytest.mark.parametrize(
     ("what", "facts", "starts"),
     [
-        ("output", Facts(outlier=9.0, channel=3, channel_largest=9.0, channel_median=1.0), "outlier channel in its out"),
+        (
+            "output",
+            Facts(outlier=9.0, channel=3, channel_largest=9.0, channel_median=1.0),
+            "outlier channel in its out",
+        ),
         ("weights", Facts(outlier=9.0, channel=3, channel_largest=9.0, channel_median=1.0), "outlier channel in its w"),
         ("input", Facts(clipped_percent=2.0), "saturation in its input: 2.0 %"),
         ("output", Facts(clipped_percent=0.1, clip_error_percent=60.0), "clipping in its output: 0.1 %"),

@@ -155,3 +155,29 @@ def test_where_not_all_is_measured_the_first_inside_is_taken():
     unknown = replace(int8("mixed", 2.0, 40.0), measurement=Measurement("mixed", "none", None, reason="not here"))
     assert chosen([FP32, int8("plain", 2.0, 30.0), unknown], named="int8") == "plain"
     assert chosen([FP32, int8("plain", 2.0, 30.0, drop=3.0), unknown], named="int8") == "mixed"
+
+
+def verdicts(attempts, named=None):
+    return [a.verdict for a in choose(attempts, Budget(), named=named)]
+
+
+def test_verdicts_say_what_decided():
+    attempts = [FP32, int8("plain", 2.0, 30.0), int8("mixed", 1.95, 35.0), int8("slow", 1.2, 40.0)]
+    closer, slower = (
+        "as fast as the chosen one, but no closer to the original",
+        "inside the budget, but slower than the chosen one",
+    )
+    assert verdicts(attempts) == ["the baseline", closer, "the fastest inside the budget", slower]
+    assert verdicts(attempts, "int8") == ["the baseline", closer, "asked for", slower]
+    none = [FP32, int8("plain", 1.01, 30.0)]
+    assert verdicts(none) == ["nothing else is faster inside the budget", "not shown to be faster than FP32"]
+    assert verdicts(none, "int8") == ["the baseline", "asked for"]
+    assert verdicts([FP32, int8("plain", 2.0, 30.0, drop=3.0)], "int8")[1].startswith(
+        "asked for, but loses 3.00 points"
+    )
+
+
+def test_where_nothing_could_be_made_of_what_was_asked_for_that_is_said():
+    (only,) = choose([FP32], Budget(), named="int8")
+    assert only.chosen and only.verdict == "only exact passes ran"
+    assert choose([FP32], Budget(), named="fp32")[0].verdict == "asked for"

@@ -12,15 +12,21 @@ import onnx
 import onnx_ir as ir
 import pytest
 import zoo
+from edgec.backends import ort
 from edgec.compiler import model as model_io
-from edgec.compiler.types import Refusal
+from edgec.compiler.types import Range, Refusal
 from edgec.passes import registry
 from edgec.passes.base import Pass, PassResult, Stage
+from edgec.passes.placement import observed_tensors
 from equivalence import assert_equivalent
 
 #: Pass -> the arguments with which it is tried on a model.
 OPTIONS: Mapping[str, Callable[[ir.Model], dict[str, object]]] = {
     "raise-opset": lambda model: {"target": 13},
+    "quantize": lambda model: {
+        "ranges": {name: Range(-2.0, 2.0) for name in observed_tensors(model, ort.SUPPORTS)},
+        "supports": ort.SUPPORTS,
+    },
 }
 
 STAGES = get_args(Stage)

@@ -39,6 +39,7 @@ from edgec.compiler.types import (
     Range,
     Refusal,
     Report,
+    StepRecord,
 )
 from rich.console import Console
 
@@ -412,7 +413,7 @@ Candidates
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("make", [full, minimal, hostile])
+@pytest.mark.parametrize("make", [full, minimal, hostile, lambda: explained()])
 def test_plain_output_fits_and_has_no_colour_codes(make: Any, width: int) -> None:
     printed = lines(terminal.render, make(), width=width)
     assert max(map(len, printed)) <= width
@@ -466,8 +467,114 @@ def test_why_names_every_node() -> None:
 def test_layers() -> None:
     printed = lines(terminal.render_layers, full())
     assert printed[0] == "Layers: 19 of 20 on integers, over 99.9 % of the multiply-accumulates"
-    assert printed[2] == "  /conv1/Conv           Conv  uint8 x int8   0 .. 1.9  0.00745     39.8   442 k"
+    assert printed[3] == "  /conv1/Conv           Conv  uint8 x int8   0 .. 1.9  0.00745     39.8   442 k"
     assert printed[-1] == "  /linear/Gemm: its own SQNR would be 9.4 dB, below 12"
+
+
+def explained() -> Report:
+    """The full report, each layer explained, with a join and the input, steps and forecasts."""
+    found = [
+        dataclasses.replace(
+            x, clipped_percent=0.004 * i, sqnr_in_db=40.0 - i, sqnr_out_db=39.0 - i, share_percent=float(i),
+            weights_percent=i / 2, cause="clipping in its output: 0.1 % of the elements", remedy=f"remedy {i}",
+        )
+        for i, x in enumerate(layers()[:-1])
+    ]  # fmt: skip
+    image = Layer("image", "input", "uint8", Range(-2.1, 2.6), 0.0187, macs=0, share_percent=20.0, weights_percent=0.0,
+                  cause="plain rounding of its input")  # fmt: skip
+    join = Layer(
+        "/layer1/0/Add", "Add", "uint8", Range(0, 5.4), 0.0212, 39.9, macs=0, sqnr_in_db=35.0, sqnr_out_db=35.0
+    )
+    steps = (
+        StepRecord("equalize", True, 28.4, 29.0, 2.69, "400 channel variables, strength 0.75"),
+        StepRecord("rounding", False, 29.0, 28.7, 71.0, "20 layers"),
+        StepRecord("mixed-precision", True, None, None, 17.7, "4 assignments"),
+    )
+    attempts = (
+        full().attempts[0],
+        dataclasses.replace(full().attempts[1], predicted_ms=0.35, predicted_db=27.0, calibration_db=26.2),
+        *full().attempts[2:],
+    )
+    return dataclasses.replace(
+        full(), layers=(image, *found[:3], join, *found[3:], layers()[-1]), steps=steps, attempts=attempts
+    )
+
+
+def test_layers_that_were_explained_fit_100_columns() -> None:
+    printed = lines(terminal.render_layers, explained(), width=100)
+    golden = """\
+Layers: 19 of 20 on integers, over 99.9 % of the multiply-accumulates
+                                                     clipped   SQNR    SQNR      own  share of
+  node                   op     precision      scale       %  in dB  out dB  SQNR dB   error %    MACs
+  image                  input  uint8         0.0187       -      -       -        -      20.0       -
+  /conv1/Conv            Conv   uint8 x int8 0.00745   0.000   40.0    39.0     39.8       0.0   442 k
+"""
+    assert max(map(len, printed)) <= 100
+    assert printed[0] == golden.splitlines()[0]
+    heads = (" ".join(printed[1].split()), " ".join(printed[2].split()))
+    assert heads == ("clipped SQNR SQNR own share of", "node op precision scale % in dB out dB SQNR dB error % MACs")
+    assert printed[3].split() == ["image", "input", "uint8", "0.0187", "-", "-", "-", "-", "20.0", "-"]
+    assert printed[4].split()[-7:] == ["0.000", "40.0", "39.0", "39.8", "0.0", "442", "k"]
+    assert any(line.startswith("  own SQNR: only that layer") for line in printed)
+
+
+def test_where_the_error_comes_from() -> None:
+    printed = lines(terminal.render, explained(), width=100)
+    start = printed.index("Where the error comes from")
+    assert [line.split()[0] for line in printed[start + 3 : start + 13] if line[2] != " "][:5] == [
+        "image", "/layer3/2/conv2/Conv", "/layer3/2/conv1/Conv", "/layer3/1/conv2/Conv", "/layer3/1/conv1/Conv",
+    ]  # fmt: skip
+    said = " ".join(printed[start : start + 25])
+    assert "these 5 make 86 % of it" in said and "plain rounding: no outlier" in said and "remedy 18" in said
+    assert not any("Where the error" in line for line in lines(terminal.render, full()))
+
+
+def test_advice_that_holds_for_all_is_said_once() -> None:
+    same = tuple(dataclasses.replace(x, remedy="more bits" if x.share_percent else None) for x in explained().layers)
+    printed = lines(terminal.render, dataclasses.replace(explained(), layers=same), width=100)
+    assert sum("more bits" in line for line in printed) == 1
+    assert not any("done, or to do" in line for line in printed)
+
+
+def test_a_result_in_float_says_where_the_error_would_have_come_from() -> None:
+    floats = tuple(dataclasses.replace(x, precision="float32") for x in explained().layers)
+    printed = lines(terminal.render, dataclasses.replace(explained(), layers=floats), width=100)
+    assert "Where the error of what was tried would come from" in printed
+
+
+def test_steps_say_what_they_gained_and_what_was_taken_back() -> None:
+    printed = lines(terminal.render, explained(), width=100)
+    start = printed.index("Steps to few bits")
+    said = {line.split()[0]: line.split() for line in printed[start + 2 : start + 7]}
+    assert said["equalize"][-6:] == ["28.4", "29.0", "+0.6", "2.69", "s", "kept"]
+    assert said["rounding"][-6:] == ["28.7", "-0.3", "71.0", "s", "taken", "back"]
+    assert said["mixed-precision"][-6:] == ["-", "-", "-", "17.7", "s", "kept"]
+    assert through_json(explained()) == explained()
+
+
+def test_predicted_and_measured_never_share_a_column() -> None:
+    printed = lines(terminal.render, explained(), width=100)
+    start = printed.index("Predicted and measured")
+    assert printed[start + 2].split() == ["int8", "0.350", "0.329", "+6", "27.0", "26.2", "+0.8"]
+    assert not any("Predicted" in line for line in lines(terminal.render, full()))
+
+
+@pytest.mark.parametrize(
+    ("precision", "title"),
+    [
+        ("float8e4m3fn x float8e4m3fn", "Layers: 19 of 20 in 8-bit floats"),
+        ("weights int4", "Layers: 19 of 20 with weights of few bits"),
+        ("uint8 x int4", "Layers: 19 of 20 on integers"),
+        ("float16", "Layers: 0 of 20 on integers"),
+    ],
+)
+def test_each_format_is_called_what_it_is(precision: str, title: str) -> None:
+    found = tuple(dataclasses.replace(x, precision=precision) for x in layers()[:-1])
+    report = dataclasses.replace(full(), layers=(*found, layers()[-1]))
+    printed = lines(terminal.render_layers, report)
+    assert printed[0].startswith(title)
+    assert serial.summary(report)["integer_layers"] == (0 if precision == "float16" else 19)
+    assert text.headline(dataclasses.replace(full(), precision="w4a8")).startswith("W4A8 for this CPU")
 
 
 def test_bench_compares_with_the_last() -> None:
@@ -574,6 +681,23 @@ def test_charts_show_what_there_is() -> None:
     assert sum(e.get("class") == "whisker" for e in root.iter("line")) == 3 * 3
     alone = dataclasses.replace(full(), attempts=full().attempts[:1])
     assert "<circle" not in html.render(alone)
+
+
+def test_the_frontier_joins_what_no_other_beats() -> None:
+    points = [charts.Point("a", "", 1.0, 3.0), charts.Point("b", "", 2.0, 1.0), charts.Point("c", "", 3.0, 1.5)]
+    assert [p.label for p in charts.best([*points, charts.Point("d", "", 4.0, 0.0)])] == ["a", "b", "d"]
+    drawn = charts.scatter("t", points, right=None, limit=None)
+    assert drawn.count('class="frontier"') == 1
+    assert "frontier" not in charts.scatter("t", points[:2], right=None, limit=None)
+
+
+def test_the_page_explains_too() -> None:
+    page = html.render(explained())
+    said = words(page)
+    for wanted in ("Steps to few bits", "Where the error comes from", "Predicted and measured", "taken back", "86 %"):
+        assert wanted in said
+    ET.fromstring(page)
+    assert "Where the error" not in words(html.render(full()))
 
 
 def test_points_that_share_a_place_share_a_label() -> None:

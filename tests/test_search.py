@@ -154,6 +154,7 @@ def test_a_step_that_gains_is_kept(tmp_path, monkeypatch, precision):
     model = chain(np.geomspace(1, 0.01, 8))
     one = found(tmp_path, model, smooth_images(), precision)
     assert all(step.kept for step in one.steps)
+    assert one.steps[0].detail.endswith("strength 1"), "the strongest is judged last, and so found closest"
     assert [record.name for record in one.records] == ["equalize"]
     assert one.records[0].proof.error <= one.records[0].proof.tolerance
     assert one.quantizer.bias_shift and bool(one.quantizer.weights) == (precision == "w4a8")
@@ -209,6 +210,23 @@ def test_weights_of_four_bits_are_rounded_better_than_to_nearest(tmp_path, preci
         (lab.outputs(q.build().model, fresh) for q in (one.quantizer, nearest)),
     )
     assert lab.sqnr(exact, best) > lab.sqnr(exact, plain) + 1
+
+
+def test_the_summary_says_what_was_calibrated_on(tmp_path):
+    model, samples = chain(), smooth_images(10)
+    one = found(tmp_path, model, samples, without=("equalize",))
+    summary = one.calibration
+    assert (summary.images, summary.held_out, summary.method) == (10, 0, one.quantizer.method)
+    assert summary.key and not summary.cached and summary.images_per_second > 0
+    assert set(one.statistics) == set(one.quantizer.ranges) > {"x", "r1"}
+    again = found(tmp_path, model, samples, without=("equalize",)).calibration
+    assert (again.key, again.cached, again.images_per_second) == (summary.key, True, None)
+
+
+def test_a_method_that_is_named_is_the_only_one_tried(tmp_path):
+    one = found(tmp_path, chain(), smooth_images(), method="mse")
+    assert one.quantizer.method == one.calibration.method == "mse"
+    assert "ranges" not in steps(one)
 
 
 def test_eight_bits_are_not_rounded_again(tmp_path):

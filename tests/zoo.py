@@ -219,6 +219,19 @@ g (float[N,4] x) => (float[N,5] y) <int8[4,5] w> {
 }
 """
 
+#: A float layer that hands over to an integer kernel.
+FLOAT_STEM = """
+g (float[N,3,6,6] x) => (float[N,4,6,6] y)
+<float[4,3,3,3] w, float[N,4,6,6] r, int8[4,4,1,1] v, float s = {0.05}, uint8 z = {10}, int8 zero = {0}> {
+    c = Conv <pads = [1,1,1,1]> (x, w)
+    r = Relu (c)
+    q = QuantizeLinear (r, s, z)
+    d = DequantizeLinear (q, s, z)
+    e = DequantizeLinear (v, s, zero)
+    y = Conv (d, e)
+}
+"""
+
 OLD = """
 g (float[N,3,1,4] x) => (float[N,6] y) <float[3] scale, float[3] bias, float[3] mean, float[3] var> {
     n = BatchNormalization (x, scale, bias, mean, var)
@@ -275,6 +288,7 @@ _TEXTS: dict[str, tuple[str, int]] = {
     "identities": (IDENTITIES, 17),
     "embedding": (EMBEDDING, 17),
     "quantized": (QUANTIZED, 17),
+    "float-stem": (FLOAT_STEM, 17),
     "old": (OLD, 9),
     "shared": (SHARED, 14),
     "lone-norm": (LONE_NORM, 15),
