@@ -93,7 +93,8 @@ def formats(case: Case, model: ir.Model, calib: folder.Folder, held_out: folder.
     present = sorted({kinds[n] for n in next(iter(own.values()))})
     counts = {k: sum(kinds[n] == k for n in next(iter(own.values()))) for k in present}
     print(f"\n### {case.model}: formats with 8 bits\n")
-    print("| format | figure | points lost (95 %) | SQNR dB | " + " | ".join(f"{k} ({counts[k]})" for k in present) + " |")
+    headings = ["format", "figure", "points lost (95 %)", "SQNR dB", *(f"{k} ({counts[k]})" for k in present)]
+    print("| " + " | ".join(headings) + " |")
     print("|---" * (4 + len(present)) + "|")
     for name in FORMATS:
         cells = [f"{np.mean([db for n, db in own[name].items() if kinds[n] == k]):.1f}" for k in present]

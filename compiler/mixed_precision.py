@@ -49,22 +49,23 @@ _PATIENCE = 45.0
 class Point:
     """One assignment: what stays in float (with the reason), and what is predicted of it.
 
-    `ms` is None where nothing was measured; `db` is the SQNR of the outputs, `integer_macs` the share on integers.
+    `speedup` is over the float model, None where nothing was measured; `db` is the SQNR of the outputs, `integer_macs`
+    the share on integers.
     """
 
     keep_float: Mapping[str, str]
-    ms: float | None
+    speedup: float | None
     db: float
     integer_macs: float
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """The frontier, the plain assignment's predictions, and how far the two models are off on what was measured."""
+    """The frontier, the plain assignment's predictions, and how far the latency model is off on what was measured."""
 
     points: tuple[Point, ...]
     plain: Point
-    error_misfit_db: float
+    contributions: contributions.Contributions
     latency_misfit: float | None
     images: int
 
@@ -122,13 +123,13 @@ def explore(
         found = search(limits=limits | reached)
     except BudgetError:  # nothing with so much on integers is as fast
         found = search(limits=limits)
-    timed = feed is not None
-    points = [_point(one, wiring, errors, possible, timed) for one in found]
+    float_ms = nothing.predicted["ms"] if feed is not None else None
+    points = [_point(one, wiring, errors, possible, float_ms) for one in found]
     return Exploration(
         tuple(p for p in points if p.keep_float),
-        _point(everything, wiring, errors, possible, timed),
-        errors.misfit_db,
-        prices.misfit if timed else None,
+        _point(everything, wiring, errors, possible, float_ms),
+        errors,
+        prices.misfit if feed is not None else None,
         errors.images,
     )
 
@@ -155,13 +156,19 @@ def _in_float(wiring: Wiring, integer: frozenset[str]) -> dict[str, str]:
 
 
 def _point(
-    one: mixed.Assignment, wiring: Wiring, errors: contributions.Contributions, possible: float, timed: bool
+    one: mixed.Assignment,
+    wiring: Wiring,
+    errors: contributions.Contributions,
+    possible: float,
+    float_ms: float | None,
 ) -> Point:
     error = errors.expected(one.predicted.get("error", 0.0))
-    keep = _in_float(wiring, one.having(mixed.INTEGER))
-    ms = one.predicted["ms"] if timed else None
-    db = -10 * math.log10(error) if error > 0 else math.inf
-    return Point(keep, ms, db, possible - one.predicted.get("float_macs", 0.0))
+    return Point(
+        _in_float(wiring, one.having(mixed.INTEGER)),
+        None if float_ms is None else float_ms / one.predicted["ms"],
+        -10 * math.log10(error) if error > 0 else math.inf,
+        possible - one.predicted.get("float_macs", 0.0),
+    )
 
 
 def _float_macs(model: ir.Model, wiring: Wiring) -> dict[str, float]:

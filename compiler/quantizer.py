@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_METHOD = "percentile"
 #: An own SQNR below this means that the layer's output is mostly noise.
 FLOOR_DB = 12.0
+#: Layers' own errors are averaged over so many images at most: means settle long before extremes do.
+_MOST_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Quantizer:
     def corrected(self, images: Folder, threads: int, progress: Progress) -> Quantizer:
         """Return a quantizer that knows its layers' own errors on the images and corrects its biases by them."""
         some = few(images)
+        some = some.subset(range(0, len(some), -(-len(some) // _MOST_IMAGES)))
         first = replace(self, scheme=replace(self.scheme, nhwc_kernels=False)).build()
 
         def named(what: str, done: int, total: int | None) -> None:

@@ -105,13 +105,13 @@ def test_predictions_hold_when_the_models_are_built(found, quantizer, net, image
     for point in (found.plain, *found.points):
         measured = sqnr(exact, run(quantizer.build(point.keep_float).model, images.feed)[0])
         assert point.db == pytest.approx(measured, abs=3)
-    assert 0 <= found.error_misfit_db < 3
+    assert 0 <= found.contributions.misfit_db < 3
     assert found.images == 4
 
 
 def test_without_a_target_nothing_is_said_of_time(found):
     assert found.latency_misfit is None
-    assert {point.ms for point in (found.plain, *found.points)} == {None}
+    assert {point.speedup for point in (found.plain, *found.points)} == {None}
 
 
 def test_latencies_are_measured_where_there_is_an_input_to_time(quantizer, images, monkeypatch):
@@ -119,8 +119,8 @@ def test_latencies_are_measured_where_there_is_an_input_to_time(quantizer, image
     monkeypatch.setattr(mixed_precision, "_MIXTURES", 2)
     one = {"x": images.feed["x"][:1]}
     timed = explore(quantizer, images, one, threads=1, reach=None, progress=silent)
-    assert timed.plain.ms > 0 and timed.latency_misfit >= 0
-    times = [p.ms for p in timed.points]
+    assert timed.plain.speedup > 0 and timed.latency_misfit >= 0
+    times = [p.speedup for p in timed.points]
     assert times == sorted(times), "from the fastest to the closest"
     assert [p.db for p in timed.points] == sorted(p.db for p in timed.points)
     assert all(integer_share(set(p.keep_float)) >= LEAST_INTEGER for p in timed.points)

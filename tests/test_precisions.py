@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import conftest
 import edgec
@@ -11,6 +12,7 @@ import onnx
 import pytest
 from edgec import cli
 from edgec.backends.ort import Session
+from edgec.compiler import driver
 from edgec.compiler.errors import UserError
 from onnx import TensorProto
 
@@ -147,6 +149,20 @@ def test_fp8_for_a_gpu_is_judged_although_nothing_here_computes_in_it(compiled, 
         for path in (wide, tmp_path / "out" / "model.onnx")
     )
     assert 10 * np.log10((exact**2).sum() / ((exact - got) ** 2).sum()) > 15
+
+
+def test_what_is_simulated_is_judged_without_fusions(compiled, wide, monkeypatch):
+    """ONNX Runtime's rewrites take the zero of an 8-bit float for the end of its range."""
+    fused = {}
+
+    class Spy(driver.Session):
+        def __init__(self, source, **options):
+            fused[Path(source).name] = options.get("fuse_quantized", True)
+            super().__init__(source, **options)
+
+    monkeypatch.setattr(driver, "Session", Spy)
+    compiled("fp8", "rtx-4060", model=wide)
+    assert (fused["fp8.onnx"], fused["fp32.onnx"]) == (False, True)
 
 
 def test_where_no_layer_can_take_what_was_asked_for_each_says_why(command, tiny, tmp_path):

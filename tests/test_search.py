@@ -125,10 +125,10 @@ class Constant:
 
 
 class Rising(Constant):
-    """A judge that finds each candidate closer than the one before."""
+    """A judge that finds each candidate closer than the one before, and all of them close."""
 
     def __init__(self, *args):
-        self.calls = 0
+        self.calls = searching._POOR_DB
 
     def decibels(self, model, *, simulated=False):
         self.calls += 1
@@ -164,8 +164,8 @@ def test_a_step_that_gains_is_kept(tmp_path, monkeypatch, precision):
 def test_a_correction_that_is_taken_back_leaves_the_closest_ranges(tmp_path, monkeypatch):
     """Two methods are corrected; the second becomes the closer one, but both stay behind the first uncorrected."""
     monkeypatch.setattr(searching, "Closeness", Constant)
-    answers = iter([30.0, 20.0, 10.0, 5.0, 8.0, 9.0])  # four methods, then the corrections of the best two
-    monkeypatch.setattr(Constant, "decibels", lambda self, model, simulated=False: next(answers))
+    answers = [40.0, 30.0, 20.0, 10.0, 15.0, 19.0]  # four methods, then the corrections of the best two
+    monkeypatch.setattr(Constant, "decibels", lambda self, model, simulated=False: answers.pop(0) if answers else 40.0)
     corrected = Quantizer.corrected
 
     def collapsing(self, *args):
@@ -174,7 +174,7 @@ def test_a_correction_that_is_taken_back_leaves_the_closest_ranges(tmp_path, mon
     monkeypatch.setattr(Quantizer, "corrected", collapsing)
     one = found(tmp_path, chain(), smooth_images(), without=("equalize",))
     (correction,) = [step for step in one.steps if step.name == "bias-correction"]
-    assert (correction.kept, correction.sqnr_before_db, correction.sqnr_after_db) == (False, 30.0, 9.0)
+    assert (correction.kept, correction.sqnr_before_db, correction.sqnr_after_db) == (False, 40.0, 19.0)
     assert one.quantizer.method == "minmax" and not one.quantizer.bias_shift
     assert one.quantizer.kept == {"Conv_0": "collapsed by minmax"}, "found with the ranges that are taken"
 
@@ -182,7 +182,7 @@ def test_a_correction_that_is_taken_back_leaves_the_closest_ranges(tmp_path, mon
 def test_channels_of_very_different_ranges_gain_by_equalization(tmp_path):
     """All channels of r1 share one step: the smallest is a thousandth of the largest, and counts as much behind w2."""
     model, samples = chain(np.geomspace(1, 1e-3, 8)), smooth_images()
-    one = found(tmp_path, model, samples)
+    one = found(tmp_path, model, samples, without=("rounding",))
     (equalized,) = [step for step in one.steps if step.name == "equalize"]
     assert equalized.kept
     assert equalized.sqnr_after_db > equalized.sqnr_before_db + 10
@@ -190,7 +190,7 @@ def test_channels_of_very_different_ranges_gain_by_equalization(tmp_path):
     fresh = {"x": smooth_images().astype(np.float32)}
     exact = lab.outputs(model, fresh)
     np.testing.assert_allclose(lab.outputs(one.quantizer.model, fresh)["y"], exact["y"], rtol=0, atol=1e-4)
-    without = found(tmp_path, model, samples, without=("equalize",))
+    without = found(tmp_path, model, samples, without=("equalize", "rounding"))
     gained = [lab.sqnr(exact, lab.outputs(f.quantizer.build().model, fresh)) for f in (one, without)]
     assert gained[0] > gained[1] + 10  # on images that were not seen, too
 
@@ -229,8 +229,17 @@ def test_a_method_that_is_named_is_the_only_one_tried(tmp_path):
     assert "ranges" not in steps(one)
 
 
-def test_eight_bits_are_not_rounded_again(tmp_path):
-    assert "rounding" not in steps(found(tmp_path, chain(), smooth_images()))
+def test_weights_of_eight_bits_are_rounded_where_the_outputs_are_poor(tmp_path, monkeypatch):
+    assert "rounding" not in steps(found(tmp_path / "good", chain(), smooth_images()))
+    model, samples = chain(np.geomspace(1, 1e-3, 8)), smooth_images()
+    poor = found(tmp_path / "poor", model, samples, without=("equalize",))
+    (rounding,) = [step for step in poor.steps if step.name == "rounding"]
+    assert rounding.kept and rounding.sqnr_before_db < searching._POOR_DB
+    assert rounding.sqnr_after_db > rounding.sqnr_before_db + 1
+    assert {stored.dtype for stored in poor.quantizer.weights.values()} == {"int8"}
+    monkeypatch.setattr(searching, "_SMALL", 0)
+    large = found(tmp_path / "large", model, samples, without=("equalize",))
+    assert "rounding" not in steps(large), "too much work for what it gains"
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4", "w4a8"])
