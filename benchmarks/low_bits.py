@@ -33,7 +33,11 @@ from edgec.passes.placement import observed_tensors
 from int8 import CASES, Case, _part
 
 #: Weights only, per output channel; 3 bits are 4-bit integers of which only -3 to 3 are used.
-WEIGHTS = {bits: QuantScheme(f"w{bits}", None, True, "int4" if bits < 8 else "int8", 2 ** (bits - 1) - 1) for bits in (8, 4, 3)}  # fmt: skip
+WEIGHTS = {
+    8: QuantScheme("w8", None, True, "int8", 127),
+    4: QuantScheme("w4", None, True, "int4", 7),
+    3: QuantScheme("w3", None, True, "int4", 3),
+}
 _FORMAT = QuantScheme("", "int8", True, bias="float32", placement="inputs", simulated=True)
 #: Format -> scheme and method for ranges; all symmetric, one scale a tensor, one a channel of weights.
 FORMATS: Mapping[str, tuple[QuantScheme, str]] = {
