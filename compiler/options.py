@@ -12,7 +12,7 @@ from .types import Budget
 
 PRECISIONS = ("auto", "fp32", "fp16", "int8", "fp8", "int4", "w4a8")
 #: The steps of quantization that `--without` can leave out, in their order.
-STEPS = ("smooth", "equalize", "ranges", "bias-correction", "rounding", "mixed-precision")
+STEPS = ("smooth", "absorb", "equalize", "ranges", "bias-correction", "rounding", "mixed-precision")
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}

@@ -1,6 +1,7 @@
 """The steps from a float model to few bits, each judged on calibration images and kept only if it comes closer.
 
 smooth           outliers behind a normalisation move into the weights (passes/smooth.py)
+absorb           what never falls below a positive value is moved into the next bias (passes/absorb_bias.py)
 equalize         channels of a tensor get alike ranges (passes/equalize.py)
 ranges           each tensor's range by minmax, percentile, entropy or mse (calib/ranges.py)
 bias-correction  each output is right on average (sensitivity.py)
@@ -22,11 +23,13 @@ import numpy as np
 
 from ..calib import cache
 from ..calib.channels import ChannelExtremes, collect_channels
+from ..passes.absorb_bias import AbsorbHighBias
 from ..passes.channel_groups import ChannelVariables, analyse
 from ..passes.equalize import Equalize
 from ..passes.equalize_factors import activation_range_factors
 from ..passes.placement import observed_tensors
 from ..passes.smooth import Smooth, smoothed_tensors
+from ..passes.weights import ALONG_OUTPUTS
 from . import model as model_io
 from . import pipeline
 from .closeness import Closeness, few
@@ -72,6 +75,7 @@ def search(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover) -> F
     state = _Search(this, scheme, prover, this.images, Closeness(model, this.images, this.threads), model)
     if scheme.activation is not None:
         state.smooth()
+        state.absorb()
         state.equalize()
         state.calibrate()
     if scheme.weight_max <= _FEW_LEVELS:
@@ -122,6 +126,21 @@ class _Search:
             return
         before, after = self._by_extremes(self.quantizer.model), self._by_extremes(model)
         self._accept("smooth", model, record, before, after, start, f"{record.rewrites} normalisations")
+
+    def absorb(self) -> None:
+        start = time.perf_counter()
+        model = self.quantizer.model
+        layers = [n.outputs[0].name or "" for n in model.graph if n.op_type in ALONG_OUTPUTS and _feeds_relu(n)]
+        if not layers or not self.wanted("absorb"):
+            return
+        batches = few(self.images).batches(8)
+        found = collect_channels(model, dict.fromkeys(layers, 1), batches, self.this.threads)
+        absorbed = model_io.copy(model)
+        passes = [AbsorbHighBias({name: extremes.min for name, extremes in found.items()})]
+        absorbed, (record,) = pipeline.run(absorbed, passes, None)
+        if record.modified:
+            before, after = self._by_extremes(model), self._by_extremes(absorbed)
+            self._accept("absorb", absorbed, record, before, after, start, f"{record.rewrites} layers")
 
     def equalize(self) -> None:
         if not self.wanted("equalize"):
@@ -258,6 +277,10 @@ class _Search:
         if after > before:
             self.quantizer = rounded
         self.note("rounding", after > before, before, after, start, f"{len(found.weights)} layers")
+
+
+def _feeds_relu(node: ir.Node) -> bool:
+    return any(use.node.op_type == "Relu" for use in node.outputs[0].uses())
 
 
 def _scaled(
