@@ -6,7 +6,7 @@ as fast, the closest to the original. A lossy candidate that could not be judged
 could be measured, the first lossy candidate inside the budget is taken, and that is said.
 
 What the user names is obeyed. Of several candidates of that precision the closest to the original is taken that is as
-fast as the plain one (AS_FAST of its speed) and no slower than the float baseline, where any is that fast.
+fast as the plain one (AS_PLAIN of its speed) and no slower than the float baseline, where any is that fast.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .types import Attempt, Budget
 
 #: Two runs of the same file differ by up to about 1 % in the median of their ratios (tests/test_timing.py).
 MARGIN = 1.02
-#: Speeds in this ratio count as the same.
-AS_FAST = 0.97
+#: Speeds in this ratio count as the same; to what a plain candidate of a named precision would give, in this one.
+AS_FAST, AS_PLAIN = 0.97, 0.985
 
 
 def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None) -> tuple[Attempt, ...]:
@@ -72,7 +72,7 @@ def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: s
         return inside[0]
     fastest = max(known.values())
     plain = attempts[of_it[0]].measurement.speedup or fastest
-    floor = max(AS_FAST * min(plain, fastest), min(1.0, fastest))
+    floor = max(AS_PLAIN * min(plain, fastest), min(1.0, fastest))
     return _closest(attempts, [i for i in inside if known[i] >= floor])
 
 
@@ -111,7 +111,7 @@ def _verdict(attempts: Sequence[Attempt], i: int, winner: int, problem: str | No
     if problem is not None:
         return f"asked for, but {problem}" if i == winner and named else problem
     if i == winner:
-        return _reason(attempt, named, i == 0)
+        return _reason(attempts, i, named)
     if i == 0:
         return "the baseline"
     if attempt.measurement.median_ms is None:
@@ -124,9 +124,14 @@ def _verdict(attempts: Sequence[Attempt], i: int, winner: int, problem: str | No
     return "inside the budget, but slower than the chosen one"
 
 
-def _reason(attempt: Attempt, named: str | None, baseline: bool) -> str:
+def _reason(attempts: Sequence[Attempt], winner: int, named: str | None) -> str:
+    attempt = attempts[winner]
     if named:
         return "asked for" if attempt.precision == named else "only exact passes ran"
     if attempt.measurement.median_ms is None:
         return "inside the budget; speed not measured"
-    return "nothing else is faster inside the budget" if baseline else "the fastest inside the budget"
+    if winner == 0:
+        return "nothing else is faster inside the budget"
+    fastest = max((a.measurement.speedup or 0.0 for a in attempts if a.measurement.speedup), default=0.0)
+    alone = (attempt.measurement.speedup or 0.0) >= fastest
+    return "the fastest inside the budget" if alone else "the closest to the original of the fastest inside the budget"

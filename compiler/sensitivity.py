@@ -64,9 +64,7 @@ def layer_errors(
     rows: dict[str, int] = {}
     done = 0
     with TemporaryDirectory() as folder:
-        session = Session(
-            model_io.session_source(twin, Path(folder)), threads=threads, fuse_quantized=not simulated
-        )
+        session = Session(model_io.session_source(twin, Path(folder)), threads=threads, fuse_quantized=not simulated)
         for batch in batches:
             out = session.run(batch.feed)
             sums += np.array([[out[f"{name}::signal"], out[f"{name}::error"]] for name in layers], dtype=np.float64)

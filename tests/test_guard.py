@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from edgec.compiler.guard import AS_FAST, choose
+from edgec.compiler.guard import AS_PLAIN, choose
 from edgec.compiler.types import Attempt, Budget, Fidelity, Measurement, OutputFidelity
 
 
@@ -102,8 +102,8 @@ def int8(name, speedup, *db, drop=0.0):
 
 
 def test_named_takes_the_closest_of_those_as_fast_as_the_plain_one():
-    attempts = [FP32, int8("plain", 2.0, 30.0), int8("mixed", 1.95, 35.0), int8("slow", 1.93, 40.0)]
-    assert AS_FAST == 0.97  # 1.94 is as fast as 2.0
+    attempts = [FP32, int8("plain", 2.0, 30.0), int8("mixed", 1.975, 35.0), int8("slow", 1.965, 40.0)]
+    assert AS_PLAIN == 0.985  # 1.97 is as fast as 2.0
     assert chosen(attempts, named="int8") == "mixed"
     assert chosen(attempts[:2] + attempts[3:], named="int8") == "plain"
     faster = [*attempts, int8("faster", 3.0, 32.0)]
@@ -121,7 +121,7 @@ def test_named_is_not_slower_than_float_where_that_can_be():
 def test_a_plain_one_outside_the_budget_still_says_what_is_fast():
     attempts = [FP32, int8("plain", 2.0, 30.0, drop=3.0), int8("a", 1.5, 33.0), int8("b", 1.45, 36.0)]
     assert chosen(attempts, named="int8") == "a"  # 1.45 is not as fast as 1.5, the fastest that is inside
-    attempts.append(int8("c", 1.47, 36.0))
+    attempts.append(int8("c", 1.485, 36.0))
     assert chosen(attempts, named="int8") == "c"
 
 
@@ -167,7 +167,10 @@ def test_verdicts_say_what_decided():
         "as fast as the chosen one, but no closer to the original",
         "inside the budget, but slower than the chosen one",
     )
-    assert verdicts(attempts) == ["the baseline", closer, "the fastest inside the budget", slower]
+    best = "the closest to the original of the fastest inside the budget"
+    assert verdicts(attempts) == ["the baseline", closer, best, slower]
+    assert verdicts(attempts[:2]) == ["the baseline", "the fastest inside the budget"]
+    attempts[2] = int8("mixed", 1.98, 35.0)
     assert verdicts(attempts, "int8") == ["the baseline", closer, "asked for", slower]
     none = [FP32, int8("plain", 1.01, 30.0)]
     assert verdicts(none) == ["nothing else is faster inside the budget", "not shown to be faster than FP32"]
