@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 AUTO_METHODS = ("minmax", "percentile", "entropy", "mse")
 #: How strongly small channels are enlarged: none of the three is best everywhere (docs/benchmarks.md).
 STRENGTHS = (0.5, 0.75, 1.0)
+#: Images for the extremes of channels: how they compare settles soon, unlike the extremes themselves.
+_EXTREMES = 128
 #: Methods whose biases are corrected before the last comparison.
 _FINALISTS = 2
 #: Weights of so many levels or fewer on either side of 0 are rounded by rounder.py.
@@ -176,12 +178,12 @@ class _Search:
 
     def _extremes(self, model: ir.Model, variables: ChannelVariables) -> dict[str, ChannelExtremes]:
         axes = {name: variables.channels(name)[0] for name in observed_tensors(model, self.quantizer.supports)}
-        return collect_channels(model, axes, few(self.images).batches(8), self.this.threads)
+        return collect_channels(model, axes, self.sample(_EXTREMES).batches(8), self.this.threads)
 
     def _by_extremes(self, model: ir.Model) -> float:
         """Return how close the model comes with ranges from the extremes of a few images."""
         axes: dict[str, int | None] = dict.fromkeys(observed_tensors(model, self.quantizer.supports))
-        found = collect_channels(model, axes, few(self.images).batches(8), self.this.threads)
+        found = collect_channels(model, axes, self.sample(_EXTREMES).batches(8), self.this.threads)
         return self.decibels(replace(self.quantizer, model=model, ranges=_whole(found)))
 
     # -------------------------------------------------------------------------------- ranges and biases
