@@ -6,7 +6,7 @@ as fast, the closest to the original. A lossy candidate that could not be judged
 could be measured, the first lossy candidate inside the budget is taken, and that is said.
 
 What the user names is obeyed. Of several candidates of that precision the closest to the original is taken that is as
-fast as the plain one (AS_PLAIN of its speed) and no slower than the float baseline, where any is that fast.
+fast as the plain one (AS_PLAIN of its speed) and faster than the float baseline (MARGIN), where any is that fast.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: s
         return inside[0]
     fastest = max(known.values())
     plain = attempts[of_it[0]].measurement.speedup or fastest
-    floor = max(AS_PLAIN * min(plain, fastest), min(1.0, fastest))
+    floor = max(AS_PLAIN * min(plain, fastest), min(MARGIN, fastest))
     return _closest(attempts, [i for i in inside if known[i] >= floor])
 
 

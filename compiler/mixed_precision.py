@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 #: At least this share of the multiply-accumulates stays on integers where integers were asked for.
 LEAST_INTEGER = 0.5
 #: Points of the frontier, and its mixtures' and their timing's extent.
-_POINTS, _MIXTURES, _SECONDS = 5, 6, 3.0
-#: Images that each rounding is judged on: so many input numbers, within these limits.
-_NUMBERS, _FEWEST, _MOST = 4 * 3 * 352 * 352, 2, 32
+_POINTS, _MIXTURES, _SECONDS = 6, 6, 3.0
+#: Images that each rounding is judged on, within these limits: so many as keep the input numbers, and the
+#: multiply-accumulates of running the network once for each rounding, below the other two.
+_FEWEST, _MOST, _NUMBERS, _WORK = 2, 32, 4 * 3 * 352 * 352, 1e12
 #: Assignments are looked for up to this multiple of the plain one's latency, or of the float one's if that is less.
 _REACH = 1.06
 #: Seconds after which no further image is taken, where no budget is stated.
@@ -95,11 +96,17 @@ def explore(
     deadline = time.monotonic() + (_PATIENCE if seconds is None else seconds)
     bare = replace(quantizer, scheme=replace(scheme, shield_float=False, nhwc_kernels=False)).build().model
     board = Switchboard(quantizer.model, bare, wiring, threads=threads)
-    some = _images(images)
+    some = _images(images, quantizer.model, len(wiring.units))
     errors = contributions.measure(
-        board, wiring, some.batches(16), images=len(some), cumulative=False, seed=seed, deadline=deadline,
+        board,
+        wiring,
+        some.batches(max(1, min(16, len(some) // 2))),
+        images=len(some),
+        cumulative=False,
+        seed=seed,
+        deadline=deadline,
         progress=progress,
-    )  # fmt: skip
+    )
     del board
     work = _float_macs(quantizer.model, wiring)
     if feed is None:
@@ -138,10 +145,12 @@ def _placement(quantizer: Quantizer) -> Placement:
     return place(quantizer.model, quantizer.ranges, quantizer.supports, quantizer.scheme, quantizer.kept)
 
 
-def _images(images: Folder) -> Folder:
+def _images(images: Folder, model: ir.Model, units: int) -> Folder:
     some = few(images)
     size = sum(math.prod(d or 1 for d in spec.shape[1:]) for spec in images.specs)
-    count = min(len(some), max(_FEWEST, min(_MOST, _NUMBERS // max(size, 1))))
+    work = units * sum(macs(n) or 0 for n in model.graph if n.op_type in LINEAR)
+    most = min(_MOST, _NUMBERS // max(size, 1), int(_WORK / max(work, 1)))
+    count = min(len(some), max(_FEWEST, most))
     return some.subset(i * len(some) // count for i in range(count))
 
 

@@ -7,6 +7,7 @@ collapse, not a tuning knob: 8 bits give 30 to 45 dB on a well-behaved layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 DEFAULT_METHOD = "percentile"
 #: An own SQNR below this means that the layer's output is mostly noise.
 FLOOR_DB = 12.0
-#: Layers' own errors are averaged over so many images at most: means settle long before extremes do.
-_MOST_IMAGES = 200
+#: Layers' own errors are averaged over so many images, by their input numbers: means settle long before extremes do.
+_LEAST_IMAGES, _MOST_IMAGES, _NUMBERS = 40, 200, 200 * 3 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Quantizer:
     def corrected(self, images: Folder, threads: int, progress: Progress) -> Quantizer:
         """Return a quantizer that knows its layers' own errors on the images and corrects its biases by them."""
         some = few(images)
-        some = some.subset(range(0, len(some), -(-len(some) // _MOST_IMAGES)))
+        size = sum(math.prod(d or 1 for d in spec.shape[1:]) for spec in images.specs)
+        most = max(_LEAST_IMAGES, min(_MOST_IMAGES, _NUMBERS // max(size, 1)))
+        some = some.subset(range(0, len(some), -(-len(some) // most)))
         first = replace(self, scheme=replace(self.scheme, nhwc_kernels=False)).build()
 
         def named(what: str, done: int, total: int | None) -> None:

@@ -14,6 +14,7 @@ Images that are held out are never seen here.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from ..passes.smooth import Smooth, smoothed_tensors
 from ..passes.weights import ALONG_OUTPUTS
 from . import model as model_io
 from . import pipeline
-from .closeness import Closeness, few
+from .closeness import Closeness
 from .quantizer import Quantizer, choose_ranges
 from .rounder import calibration_feeds, round_weights
 from .types import CalibrationSummary, PassRecord, QuantScheme, Range, StepRecord, TensorStatistics
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 AUTO_METHODS = ("minmax", "percentile", "entropy", "mse")
 #: How strongly small channels are enlarged: none of the three is best everywhere (docs/benchmarks.md).
 STRENGTHS = (0.5, 0.75, 1.0)
-#: Images for the extremes of channels: how they compare settles soon, unlike the extremes themselves.
-_EXTREMES = 128
+#: Input numbers, and the least and most images, for the extremes of channels: how they compare settles soon.
+_EXTREMES, _LEAST_EXTREMES, _MOST_EXTREMES = 128 * 3 * 32 * 32, 16, 128
 #: Methods whose biases are corrected before the last comparison.
 _FINALISTS = 2
 #: Weights of so many levels or fewer on either side of 0 are rounded by rounder.py.
@@ -119,7 +120,7 @@ class _Search:
         if not names:
             return
         start = time.perf_counter()
-        batches = few(self.images).batches(8)
+        batches = self.some().batches(8)
         found = collect_channels(self.quantizer.model, dict.fromkeys(names, -1), batches, self.this.threads)
         largest = {name: extremes.magnitude for name, extremes in found.items()}
         step = Smooth(largest, alpha=None, weight_max=self.scheme.weight_max)
@@ -135,7 +136,7 @@ class _Search:
         layers = [n.outputs[0].name or "" for n in model.graph if n.op_type in ALONG_OUTPUTS and _feeds_relu(n)]
         if not layers or not self.wanted("absorb"):
             return
-        batches = few(self.images).batches(8)
+        batches = self.some().batches(8)
         found = collect_channels(model, dict.fromkeys(layers, 1), batches, self.this.threads)
         absorbed = model_io.copy(model)
         passes = [AbsorbHighBias({name: extremes.min for name, extremes in found.items()})]
@@ -178,12 +179,12 @@ class _Search:
 
     def _extremes(self, model: ir.Model, variables: ChannelVariables) -> dict[str, ChannelExtremes]:
         axes = {name: variables.channels(name)[0] for name in observed_tensors(model, self.quantizer.supports)}
-        return collect_channels(model, axes, self.sample(_EXTREMES).batches(8), self.this.threads)
+        return collect_channels(model, axes, self.some().batches(8), self.this.threads)
 
     def _by_extremes(self, model: ir.Model) -> float:
         """Return how close the model comes with ranges from the extremes of a few images."""
         axes: dict[str, int | None] = dict.fromkeys(observed_tensors(model, self.quantizer.supports))
-        found = collect_channels(model, axes, self.sample(_EXTREMES).batches(8), self.this.threads)
+        found = collect_channels(model, axes, self.some().batches(8), self.this.threads)
         return self.decibels(replace(self.quantizer, model=model, ranges=_whole(found)))
 
     # -------------------------------------------------------------------------------- ranges and biases
@@ -252,6 +253,11 @@ class _Search:
         integers = self.scheme.activation is not None and self.scheme.weight.endswith("int8")
         small = model_io.weights_bytes(self.quantizer.model) <= _SMALL
         return integers and small and self.decibels(self.quantizer) < _POOR_DB
+
+    def some(self) -> Folder:
+        """Return the images for extremes of channels."""
+        size = sum(math.prod(d or 1 for d in spec.shape[1:]) for spec in self.images.specs)
+        return self.sample(max(_LEAST_EXTREMES, min(_MOST_EXTREMES, _EXTREMES // max(size, 1))))
 
     def sample(self, count: int) -> Folder:
         """Return so many of the images, spread evenly."""

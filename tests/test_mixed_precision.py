@@ -180,7 +180,7 @@ def test_no_time_still_gives_a_frontier(quantizer, images):
     assert one.images == 4 and one.points, "one batch is always finished"
 
 
-def test_few_images_of_many_numbers_and_more_of_few(images, monkeypatch):
+def test_few_images_of_many_numbers_or_much_work_and_more_of_few(quantizer, images):
     taken = []
 
     class Many(Images):
@@ -193,8 +193,9 @@ def test_few_images_of_many_numbers_and_more_of_few(images, monkeypatch):
 
     for shape in ((8, 6, 6), (3, 352, 352), (3, 1024, 1024)):
         many = Many(specs=(replace(images.specs[0], shape=(None, *shape)),))
-        mixed_precision._images(many)
-    assert taken[1::2] == [32, 4, 2]
+        mixed_precision._images(many, quantizer.model, 12)
+    mixed_precision._images(Many(specs=images.specs), quantizer.model, 10**9)
+    assert taken[1::2] == [32, 4, 2, 2]
 
 
 def test_a_layer_that_ruins_all_is_the_first_in_float(quantizer, images, monkeypatch):
