@@ -1,12 +1,14 @@
 """Quantization side by side with other tools: one run, the same images, the same judge, the same timing.
 
     python benchmarks/peers.py --setup VENVS                              once: a virtual environment for each tool
-    python benchmarks/peers.py --data DIR --venvs VENVS --work WORK [--only resnet20,edgec,nncf] [--precision int8,w4a8]
+    python benchmarks/peers.py --data DIR --venvs VENVS --work WORK [--only resnet20,edgec,nncf]
     python benchmarks/peers.py --model FILE --calib DIR --eval DIR --preprocess FILE --venvs VENVS --work WORK
 
 DIR as for int8.py. The tools stand in peers/run_*.py, each with its packages and configurations at its top; a peer that
 cannot be installed, fails, or takes more than --limit is a row with the reason. Peers get the BN-folded file at opset
 13 or above and the decoded images, edgec the raw file and the folder, through its command line, without its caches.
+Nobody gets the images that are judged on: edgec chooses among its candidates on a part of the calibration images that it
+holds out itself. Each item of --precision is a row: a precision, and further options of `edgec compile` behind it.
 
 What the peers made is kept in WORK by the content of model, images and script: a run that was broken off goes on where
 it stopped (--retry runs those again that failed). edgec is run each time.
@@ -43,6 +45,8 @@ from int8 import CASES, _part, folded
 from peers.runner import Made, ours, peer, set_up, tools
 
 RAW, FOLDED = "raw file", "FP32 folded"
+#: edgec's rows: as it comes, and quantized throughout as the peers do it.
+WISHES = ("int8", "int8 --without mixed-precision")
 #: Operators of ONNX Runtime's optimised graph that do the linear layers, on integers and on floats.
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"}
 FLOAT = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"}
@@ -92,11 +96,9 @@ def run(subject: Subject, args: argparse.Namespace) -> None:
     settings = {"venvs": args.venvs, "limit": args.limit, "retry": args.retry}
     made += [peer(t, config, work, **settings) for t in tools() if wanted(t.name, args) for config in t.configs]
     if wanted("edgec", args):
-        options = {
-            "--calib": subject.calib, "--eval": subject.eval, "--preprocess": subject.preprocess,
-            "--metric": subject.metric, "--threads": args.threads,
-        }  # fmt: skip
-        made += [ours(model, precision, options, work, limit=args.limit) for precision in args.precision]
+        options = {"--preprocess": subject.preprocess, "--metric": subject.metric, "--threads": args.threads}
+        options["--calib"] = subject.calib
+        made += [ours(model, wish, options, work, limit=args.limit) for wish in args.precision]
     feed = dict(next(iter(held_out.batches(1))).feed)
     opened: dict[str, Session] = {}
     reference = Session(model, optimise=False)
@@ -251,7 +253,7 @@ def main() -> None:
     names("--preprocess")
     names("--metric")
     names("--only", type=_list, default=[], metavar="NAME,…", help="these models and these tools (edgec, nncf, …)")
-    names("--precision", type=_list, default=["int8"], metavar="NAME,…", help="what edgec compiles to, a row each")
+    names("--precision", type=_list, default=list(WISHES), metavar="ITEM,…", help="what edgec compiles to, a row each")
     names("--threads", type=int, default=1)
     names("--seconds", type=float, default=30.0, help="to time each model, in all")
     names("--limit", type=int, default=240, help="CPU seconds after which a tool is stopped (thrice that by the clock)")

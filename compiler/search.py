@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 AUTO_METHODS = ("minmax", "percentile", "entropy", "mse")
 #: How strongly small channels are enlarged: none of the three is best everywhere (docs/benchmarks.md).
 STRENGTHS = (0.5, 0.75, 1.0)
-#: Input numbers, and the least and most images, for the extremes of channels: how they compare settles soon.
-_EXTREMES, _LEAST_EXTREMES, _MOST_EXTREMES = 128 * 3 * 32 * 32, 16, 128
+#: Input numbers, and the least and most images, for the extremes of channels. Too few of them
+#: flatter what is left as it was: ranges that clip a little are better ones.
+_EXTREMES, _LEAST_EXTREMES, _MOST_EXTREMES = 1 << 21, 32, 400
 #: Methods whose biases are corrected before the last comparison.
 _FINALISTS = 2
 #: Weights of so many levels or fewer on either side of 0 are rounded by rounder.py.

@@ -139,12 +139,16 @@ def peer(tool: Tool, config: str, work: Path, *, venvs: Path, limit: int, retry:
     return _made(name, out, known)
 
 
-def ours(model: Path, precision: str, options: Mapping[str, object], work: Path, *, limit: int) -> Made:
-    """Compile the raw file through edgec's command line, with an empty cache; options of None are left out."""
-    name, here = f"edgec {precision}", _empty(work / f"edgec-{precision}")
+def ours(model: Path, wish: str, options: Mapping[str, object], work: Path, *, limit: int) -> Made:
+    """Compile the raw file through edgec's command line, with an empty cache; options of None are left out.
+
+    `wish` is a precision, and further options of `edgec compile` behind it, split at spaces.
+    """
+    name, here = f"edgec {wish}", _empty(work / f"edgec-{wish.replace(' ', '-')}")
     given = [part for option, value in options.items() if value is not None for part in (option, value)]
     out = here / "bundle" / "model.onnx"
-    command = [sys.executable, "-m", "edgec", "compile", model, "-o", out.parent, "--precision", precision, *given]
+    wished = ["--precision", *wish.split()]
+    command = [sys.executable, "-m", "edgec", "compile", model, "-o", out.parent, *wished, *given]
     known = _launch(name, command, here, out, limit, environment={"XDG_CACHE_HOME": str(here / "cache")})
     report = None if known["reason"] else edgec.inspect(out.parent)
     return _made(name, out, {**known, "seconds": report.seconds if isinstance(report, Report) else None})
