@@ -7,8 +7,8 @@
 DIR as for int8.py. The tools stand in peers/run_*.py, each with its packages and configurations at its top; a peer that
 cannot be installed, fails, or takes more than --limit is a row with the reason. Peers get the BN-folded file at opset
 13 or above and the decoded images, edgec the raw file and the folder, through its command line, without its caches.
-Nobody gets the images that are judged on: edgec chooses among its candidates on a part of the calibration images that
-it holds out itself. Each item of --precision is a row: a precision, and further options of `edgec compile` behind it.
+Nobody gets the images that are judged on: edgec chooses among its candidates on calibration images that it holds out
+itself. An item of --precision is a row: a precision, and further options of `edgec compile` behind it.
 
 What the peers made is kept in WORK by the content of model, images and script: a run that was broken off goes on where
 it stopped (--retry runs those again that failed). edgec is run each time.
@@ -96,8 +96,10 @@ def run(subject: Subject, args: argparse.Namespace) -> None:
     settings = {"venvs": args.venvs, "limit": args.limit, "retry": args.retry}
     made += [peer(t, config, work, **settings) for t in tools() if wanted(t.name, args) for config in t.configs]
     if wanted("edgec", args):
-        options = {"--preprocess": subject.preprocess, "--metric": subject.metric, "--threads": args.threads}
-        options["--calib"] = subject.calib
+        options = {
+            "--calib": subject.calib, "--preprocess": subject.preprocess, "--metric": subject.metric,
+            "--threads": args.threads,
+        }  # fmt: skip
         made += [ours(model, wish, options, work, limit=args.limit) for wish in args.precision]
     feed = dict(next(iter(held_out.batches(1))).feed)
     opened: dict[str, Session] = {}
