@@ -24,12 +24,14 @@ def main() -> None:
     limit, result, command = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))  # inherited; this process itself needs next to none
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(3 * limit)
-    code = process.poll()
-    with contextlib.suppress(ProcessLookupError):  # also what the command may have left running
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    code = None
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(3 * limit)
+    finally:  # an interrupt too ends the command, and all that it may have left running
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime
     stopped = code is None or code in (-signal.SIGXCPU, -signal.SIGKILL) and cpu >= limit - 1
