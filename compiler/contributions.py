@@ -126,20 +126,19 @@ def _errors(
     progress: Progress,
 ) -> _Errors:
     """Return the relative error of each run (a set of active sources), averaged over the outputs."""
-    error: np.ndarray | float = 0.0
-    signal: np.ndarray | float = 0.0
+    error, signal = np.zeros(()), np.zeros(())  # of (runs, outputs) and (outputs,) after the first batch
     done = 0
     for batch in batches:
         exact = board.run(batch.feed, ())
         found = np.zeros((len(runs), len(exact)), dtype=np.float64)
         for i, active in enumerate(runs):
             if done and deadline is not None and time.monotonic() > deadline:
-                return _Errors((error / signal).mean(1), done)  # type: ignore[union-attr]  # arrays after one batch
+                return _Errors((error / signal).mean(1), done)
             found[i] = [_energy(y - z) for y, z in zip(exact, board.run(batch.feed, active), strict=True)]
             progress("judging every rounding", done * len(runs) + batch.count * (i + 1), images * len(runs))
         error, done = error + found, done + batch.count
         signal = signal + np.maximum([_energy(y) for y in exact], 1e-300)
-    return _Errors((error / signal).mean(1), done)  # type: ignore[union-attr]
+    return _Errors((error / signal).mean(1), done)
 
 
 def _energy(y: np.ndarray) -> float:

@@ -316,10 +316,11 @@ class _Program:
             if result.status == 1:
                 raise TimeoutError(f"no choice of precisions was found in {seconds:g} s")
             return None
-        return {
-            unit: max(precisions, key=lambda k, u=unit: result.x[self.columns[u, k]])  # type: ignore[misc]
-            for unit, precisions in self.problem.choices.items()
-        }
+        chosen = {}
+        for unit, precisions in self.problem.choices.items():
+            shares = {precision: result.x[self.columns[unit, precision]] for precision in precisions}
+            chosen[unit] = max(precisions, key=shares.__getitem__)
+        return chosen
 
     def _amounts(self, measure: str) -> np.ndarray:
         terms = [term.amounts.get(measure, 0.0) for term in self.problem.terms]

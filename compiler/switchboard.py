@@ -196,9 +196,11 @@ class _Board:
         _, quantize = part
         scales: list[ir.Value | None] = []
         for i, constant in enumerate(quantize.inputs[1:]):
-            assert constant is None or constant.const_value is not None
-            name = f"{value.name}::scale{i}"
-            scales.append(None if constant is None else self._constant(constant.const_value.numpy(), name))  # type: ignore[union-attr]
+            if constant is None:
+                scales.append(None)
+                continue
+            assert constant.const_value is not None
+            scales.append(self._constant(constant.const_value.numpy(), f"{value.name}::scale{i}"))
         to = _again(quantize.domain, "QuantizeLinear", [value, *scales], quantize, f"{value.name}::quantize")
         back = _again(quantize.domain, "DequantizeLinear", [to.outputs[0], *scales], None, f"{value.name}::dequantize")
         return [to, back], back.outputs[0]
