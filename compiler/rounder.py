@@ -47,7 +47,7 @@ def round_weights(
     feeds: Sequence[Mapping[str, np.ndarray]],
     method: str = "auto",
     *,
-    shrink: float = rounding.SHRINK,
+    shrink: float | None = None,
     correct: bool = True,
     follow_skips: bool = True,
     seed: int = 0,
@@ -87,6 +87,24 @@ def round_weights(
     )
 
 
+def follow_biases(
+    model: ir.Model,
+    quantize: Quantize,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    threads: int = 0,
+    progress: Progress = silent,
+) -> dict[str, np.ndarray]:
+    """Return the shift of each layer's bias, by node name, with the weights as `quantize` rounds them.
+
+    What is returned takes the place of `quantize.bias_shift`, as of `round_weights`.
+    """
+    twin = model_io.copy(model)
+    replace(quantize, bias_shift={})(twin)
+    steps = walk(model, twin, feeds, None, threads=threads, progress=progress)
+    return {s.node: s.shift for s in steps if s.shift is not None}
+
+
 def calibration_feeds(
     model: ir.Model, images: Folder, *, memory: int = MEMORY, threads: int = 0
 ) -> list[Mapping[str, np.ndarray]]:
@@ -98,7 +116,7 @@ def calibration_feeds(
     return [batch.feed for batch in few.batches(_BATCH)]
 
 
-def chosen(site: Site, kind: WeightFormat, method: str, shrink: float = rounding.SHRINK) -> Choice | str:
+def chosen(site: Site, kind: WeightFormat, method: str, shrink: float | None = None) -> Choice | str:
     """Round one layer's weight into a format by a method; the reason where it cannot be done."""
     if not kind.dtype.endswith(("int8", "int4")):
         return f"{kind.dtype} is no integer type"

@@ -1,11 +1,13 @@
 """The steps from a float model to few bits, each judged on calibration images and kept only if it comes closer.
 
-smooth           outliers behind a normalisation move into the weights (passes/smooth.py)
-absorb           what never falls below a positive value is moved into the next bias (passes/absorb_bias.py)
-equalize         channels of a tensor get alike ranges (passes/equalize.py)
+smooth, absorb, equalize    the float model is changed so that it quantizes better (float_steps.py)
 ranges           each tensor's range by minmax, percentile, entropy or mse (calib/ranges.py)
-bias-correction  each output is right on average (sensitivity.py)
-rounding         weights of few bits, rounded so that each layer's output errs least (rounder.py)
+bias-correction  each output is right on average: on exact inputs (sensitivity.py), or behind the layers that are
+                 quantized already (layerwise.py)
+rounding         weights rounded so that each layer's output errs least, which corrects biases on its way (rounder.py)
+
+Without images there is nothing to judge by: ranges come from a file, and biases are corrected by what the network's
+BatchNormalizations tell (analytic_bias.py).
 
 The judge is the SQNR of the quantized model's worst output against the float model's on a few calibration images
 (closeness.py). A step that gains nothing is taken back. What each of them tried, chose and gained is its StepRecord.
@@ -14,7 +16,6 @@ Images that are held out are never seen here.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,42 +24,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..calib import cache
-from ..calib.channels import ChannelExtremes, collect_channels
-from ..passes.absorb_bias import AbsorbHighBias
-from ..passes.channel_groups import ChannelVariables, analyse
-from ..passes.equalize import Equalize
-from ..passes.equalize_factors import activation_range_factors
+from ..calib import ranges as calib_ranges
 from ..passes.placement import observed_tensors
-from ..passes.smooth import Smooth, smoothed_tensors
-from ..passes.weights import ALONG_OUTPUTS
+from ..passes.quant_params import needed_opset
+from ..passes.rounding import MANY
+from . import analytic_bias, pipeline
 from . import model as model_io
-from . import pipeline
 from .closeness import Closeness
+from .float_steps import FLOAT_STEPS, Context
 from .quantizer import Quantizer, choose_ranges
-from .rounder import calibration_feeds, round_weights
-from .types import CalibrationSummary, PassRecord, QuantScheme, Range, StepRecord, TensorStatistics
+from .rounder import calibration_feeds, follow_biases, round_weights
+from .types import CalibrationSummary, PassRecord, QuantScheme, StepRecord, TensorStatistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ..calib.folder import Folder
     from .job import Job
     from .proof import Prover
 
 #: What `auto` chooses among; grids that are not even (FP8) take the extremes, which their methods' algebra assumes.
 AUTO_METHODS = ("minmax", "percentile", "entropy", "mse")
-#: How strongly small channels are enlarged: none of the three is best everywhere (docs/benchmarks.md).
-STRENGTHS = (0.5, 0.75, 1.0)
-#: Input numbers, and the least and most images, for the extremes of channels. Too few of them
-#: flatter what is left as it was: ranges that clip a little are better ones.
-_EXTREMES, _LEAST_EXTREMES, _MOST_EXTREMES = 1 << 21, 32, 400
 #: Methods whose biases are corrected before the last comparison.
 _FINALISTS = 2
-#: Weights of so many levels or fewer on either side of 0 are rounded by rounder.py.
-_FEW_LEVELS = 15
-#: Weights of 8 bits are, too, where the outputs' SQNR is below the first and the weights take at most the second; on so
-#: many images. It makes up for some of what earlier layers lost: FastestDet gains 2 dB, the ResNets (30 dB) 0.3.
-_POOR_DB, _SMALL, _EIGHT_BIT_IMAGES = 25.0, 20_000_000, 48
+#: Weights of 8 bits are rounded by rounder.py where they take at most so many bytes as floats, on so many images. It
+#: makes up for some of what earlier layers lost: on unseen images FastestDet gains 2 dB, the ResNets 0.5 to 0.7.
+_SMALL, _EIGHT_BIT_IMAGES = 20_000_000, 100
 
 
 @dataclass(frozen=True)
@@ -76,117 +66,74 @@ class Found:
 def search(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover) -> Found:
     """Run the steps that the job does not leave out. There must be images."""
     assert this.images is not None
-    state = _Search(this, scheme, prover, this.images, Closeness(model, this.images, this.threads), model)
+    judge = Closeness(model, this.images, this.threads)
+    state = _Search(Context(this, prover, this.images, judge), scheme, model)
     if scheme.activation is not None:
-        state.smooth()
-        state.absorb()
-        state.equalize()
+        state.prepare()
         state.calibrate()
-    if scheme.weight_max <= _FEW_LEVELS:
-        state.round(calibration_feeds(state.quantizer.model, state.images, threads=this.threads))
-    elif state.worth_rounding():
-        state.round([batch.feed for batch in state.sample(_EIGHT_BIT_IMAGES).batches(16)])
-    return Found(
-        state.quantizer, tuple(state.steps), tuple(state.records), state.calibration, state.statistics, state.judge
-    )
+    if state.worth_rounding():
+        state.round()
+    for name in state.late:
+        state.note(name, False, None, None, time.perf_counter(), "not tried: the time budget is spent")
+    return Found(state.quantizer, tuple(state.steps), tuple(state.records), state.calibration, state.statistics, judge)
+
+
+def from_ranges(this: Job, model: ir.Model, scheme: QuantScheme) -> Found:
+    """Do what can be done without images."""
+    ranges = {} if this.options.ranges is None else calib_ranges.from_json(this.options.ranges)
+    quantizer = Quantizer(model, this.backend.supports, scheme, ranges)
+    if "bias-correction" in this.options.without:
+        return Found(quantizer)
+    start = time.perf_counter()
+    passes = [step for step in pipeline.exact_passes(needed_opset(scheme)) if step.stage != "fold"]
+    unfolded, _ = pipeline.run(model_io.load(this.path), passes, None)
+    corrected = analytic_bias.corrected(quantizer, unfolded)
+    layers = len(corrected.bias_shift)
+    detail = f"{layers} layers, from BatchNormalization's statistics; there are no images to judge it by"
+    step = StepRecord("bias-correction", layers > 0, None, None, time.perf_counter() - start, detail)
+    return Found(corrected, (step,))
 
 
 class _Search:
-    """Lives for one search; each method is a step."""
+    """Lives for one search; each method is a step or a few."""
 
-    def __init__(
-        self, this: Job, scheme: QuantScheme, prover: Prover, images: Folder, judge: Closeness, model: ir.Model
-    ) -> None:
-        self.this, self.scheme, self.prover, self.images, self.judge = this, scheme, prover, images, judge
-        self.quantizer = Quantizer(model, this.backend.supports, scheme)
+    def __init__(self, context: Context, scheme: QuantScheme, model: ir.Model) -> None:
+        self.context, self.scheme = context, scheme
+        self.this, self.images = context.this, context.images
+        self.quantizer = Quantizer(model, self.this.backend.supports, scheme)
         self.steps: list[StepRecord] = []
         self.records: list[PassRecord] = []
         self.calibration: CalibrationSummary | None = None
         self.statistics: Mapping[str, TensorStatistics] = {}
+        self.late: dict[str, None] = {}
 
     def wanted(self, name: str) -> bool:
-        return name not in self.this.options.without
+        """Say whether a step is to be made: it was not left out, and there is time."""
+        if name in self.this.options.without:
+            return False
+        if self.this.seconds_left == 0:
+            self.late.setdefault(name)
+        return name not in self.late
 
     def decibels(self, quantizer: Quantizer) -> float:
         """Return how close the quantizer's model is."""
-        return self.judge.decibels(quantizer.build().model, simulated=self.scheme.simulated)
+        return self.context.decibels(quantizer)
 
     def note(self, name: str, kept: bool, before: float | None, after: float | None, start: float, detail: str) -> None:
         self.steps.append(StepRecord(name, kept, before, after, time.perf_counter() - start, detail))
 
-    # -------------------------------------------------------------------------------- on the float model
-
-    def smooth(self) -> None:
-        names = smoothed_tensors(self.quantizer.model) if self.wanted("smooth") else ()
-        if not names:
-            return
-        start = time.perf_counter()
-        batches = self.some().batches(8)
-        found = collect_channels(self.quantizer.model, dict.fromkeys(names, -1), batches, self.this.threads)
-        largest = {name: extremes.magnitude for name, extremes in found.items()}
-        step = Smooth(largest, alpha=None, weight_max=self.scheme.weight_max)
-        model, (record,) = pipeline.run(model_io.copy(self.quantizer.model), [step], self.prover)
-        if not record.modified:
-            return
-        before, after = self._by_extremes(self.quantizer.model), self._by_extremes(model)
-        self._accept("smooth", model, record, before, after, start, f"{record.rewrites} normalisations")
-
-    def absorb(self) -> None:
-        start = time.perf_counter()
-        model = self.quantizer.model
-        layers = [n.outputs[0].name or "" for n in model.graph if n.op_type in ALONG_OUTPUTS and _feeds_relu(n)]
-        if not layers or not self.wanted("absorb"):
-            return
-        batches = self.some().batches(8)
-        found = collect_channels(model, dict.fromkeys(layers, 1), batches, self.this.threads)
-        absorbed = model_io.copy(model)
-        passes = [AbsorbHighBias({name: extremes.min for name, extremes in found.items()})]
-        absorbed, (record,) = pipeline.run(absorbed, passes, None)
-        if record.modified:
-            before, after = self._by_extremes(model), self._by_extremes(absorbed)
-            self._accept("absorb", absorbed, record, before, after, start, f"{record.rewrites} layers")
-
-    def equalize(self) -> None:
-        if not self.wanted("equalize"):
-            return
-        start = time.perf_counter()
-        variables = analyse(self.quantizer.model)
-        if variables.count <= 1:
-            return
-        found = self._extremes(self.quantizer.model, variables)
-        ranges = {n: np.stack([e.min, e.max]) for n, e in found.items() if variables.channels(n)[0] is not None}
-        before = self.decibels(replace(self.quantizer, ranges=_scaled(found, variables, None)))
-        tried = []
-        for strength in STRENGTHS:
-            factors = activation_range_factors(variables, ranges, strength)
-            model = model_io.copy(self.quantizer.model)
-            Equalize(factors).apply(model)
-            trial = replace(self.quantizer, model=model, ranges=_scaled(found, variables, factors))
-            tried.append((self.decibels(trial), strength, factors))
-        after, strength, factors = max(tried, key=lambda t: t[0])
-        model, (record,) = pipeline.run(model_io.copy(self.quantizer.model), [Equalize(factors)], self.prover)
-        detail = f"{variables.count - 1} channel variables, strength {strength:g}"
-        if record.modified:
-            self._accept("equalize", model, record, before, after, start, detail)
-
-    def _accept(
-        self, name: str, model: ir.Model, record: PassRecord, before: float, after: float, start: float, detail: str
-    ) -> None:
-        kept = after > before
-        if kept:
-            self.quantizer = replace(self.quantizer, model=model)
-            self.records.append(record)
-        self.note(name, kept, before, after, start, detail)
-
-    def _extremes(self, model: ir.Model, variables: ChannelVariables) -> dict[str, ChannelExtremes]:
-        axes = {name: variables.channels(name)[0] for name in observed_tensors(model, self.quantizer.supports)}
-        return collect_channels(model, axes, self.some().batches(8), self.this.threads)
-
-    def _by_extremes(self, model: ir.Model) -> float:
-        """Return how close the model comes with ranges from the extremes of a few images."""
-        axes: dict[str, int | None] = dict.fromkeys(observed_tensors(model, self.quantizer.supports))
-        found = collect_channels(model, axes, self.some().batches(8), self.this.threads)
-        return self.decibels(replace(self.quantizer, model=model, ranges=_whole(found)))
+    def prepare(self) -> None:
+        """Change the float model where that makes it quantize better."""
+        for name, step in FLOAT_STEPS.items():
+            start = time.perf_counter()
+            trial = step(self.context, self.quantizer) if self.wanted(name) else None
+            if trial is None:
+                continue
+            kept = trial.after > trial.before
+            if kept:
+                self.quantizer = replace(self.quantizer, model=trial.model)
+                self.records.append(trial.record)
+            self.note(name, kept, trial.before, trial.after, start, trial.detail)
 
     # -------------------------------------------------------------------------------- ranges and biases
 
@@ -233,7 +180,7 @@ class _Search:
     def _corrected(self, tried: Sequence[tuple[float, Quantizer]]) -> Quantizer:
         """Return the closest quantizer after the biases of all that were tried are corrected."""
         start = time.perf_counter()
-        before = tried[0][0]
+        before, how = tried[0][0], "on exact inputs"
         results = []
         for _, quantizer in tried:
             fixed = quantizer.corrected(self.images, self.this.threads, self.this.progress)
@@ -243,39 +190,51 @@ class _Search:
         after, chosen = max(results, key=lambda t: t[0])
         if not self.wanted("bias-correction"):
             return chosen
+        if not self.worth_rounding():  # which would do the same on its way
+            followed = self._followed(chosen)
+            on_prefix = self.decibels(followed)
+            if on_prefix > after:
+                after, chosen, how = on_prefix, followed, "on the quantized prefix"
         kept = after > before
-        self.note("bias-correction", kept, before, after, start, f"{len(chosen.bias_shift)} layers, {chosen.method}")
+        detail = f"{len(chosen.bias_shift)} layers, {how}, {chosen.method}"
+        self.note("bias-correction", kept, before, after, start, detail)
         return chosen if kept else replace(results[0][1], bias_shift={})
+
+    def _followed(self, quantizer: Quantizer) -> Quantizer:
+        """Return it with its biases corrected layer after layer, each behind those that are quantized already."""
+        bare = replace(quantizer, bias_shift={})
+        shifts = follow_biases(
+            bare.model,
+            bare.step(),
+            self._feeds(_EIGHT_BIT_IMAGES),
+            threads=self.this.threads,
+            progress=self.this.progress,
+        )
+        return replace(bare, bias_shift=shifts)
 
     # -------------------------------------------------------------------------------- weights
 
     def worth_rounding(self) -> bool:
-        """Say whether 8-bit weights are: what is lost is a lot, and the network small enough for it to take seconds."""
-        integers = self.scheme.activation is not None and self.scheme.weight.endswith("int8")
-        small = model_io.weights_bytes(self.quantizer.model) <= _SMALL
-        return integers and small and self.decibels(self.quantizer) < _POOR_DB
+        """Say whether weights are: integers of few bits, or of 8 in a network so small that it takes seconds."""
+        if not self.wanted("rounding") or not self.scheme.weight.endswith(("int4", "int8")):
+            return False
+        few = self.scheme.weight_max <= MANY
+        return few or (self.scheme.activation is not None and model_io.weights_bytes(self.quantizer.model) <= _SMALL)
 
-    def some(self) -> Folder:
-        """Return the images for extremes of channels."""
-        size = sum(math.prod(d or 1 for d in spec.shape[1:]) for spec in self.images.specs)
-        return self.sample(max(_LEAST_EXTREMES, min(_MOST_EXTREMES, _EXTREMES // max(size, 1))))
+    def _feeds(self, most: int) -> Sequence[Mapping[str, np.ndarray]]:
+        """Return at most so many images to walk along the layers with, fewer where memory would not hold them."""
+        return calibration_feeds(self.quantizer.model, self.context.sample(most), threads=self.this.threads)
 
-    def sample(self, count: int) -> Folder:
-        """Return so many of the images, spread evenly."""
-        count = min(count, len(self.images))
-        return self.images.subset(i * len(self.images) // count for i in range(count))
-
-    def round(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
-        """Round the weights for the least error of each layer's output on these inputs."""
-        if not self.wanted("rounding"):
-            return
+    def round(self) -> None:
+        """Round the weights for the least error of each layer's output."""
         start = time.perf_counter()
         before = self.decibels(self.quantizer)
         bare = replace(self.quantizer, bias_shift={})
+        few = self.scheme.weight_max <= MANY
         found = round_weights(
             bare.model,
             bare.step(),
-            feeds,
+            self._feeds(len(self.images) if few else _EIGHT_BIT_IMAGES),
             correct=self.wanted("bias-correction"),
             seed=self.this.options.seed,
             threads=self.this.threads,
@@ -286,25 +245,3 @@ class _Search:
         if after > before:
             self.quantizer = rounded
         self.note("rounding", after > before, before, after, start, f"{len(found.weights)} layers")
-
-
-def _feeds_relu(node: ir.Node) -> bool:
-    return any(use.node.op_type == "Relu" for use in node.outputs[0].uses())
-
-
-def _scaled(
-    found: Mapping[str, ChannelExtremes], variables: ChannelVariables, factors: np.ndarray | None
-) -> dict[str, Range]:
-    """Return the tensors' ranges after their channels were multiplied by the factors of their variables."""
-    if factors is None:
-        return _whole(found)
-    scaled = {}
-    for name, e in found.items():
-        axis, ids = variables.channels(name)
-        f = factors[ids] if axis is not None else factors[ids][:1]
-        scaled[name] = ChannelExtremes(e.min * f, e.max * f)
-    return _whole(scaled)
-
-
-def _whole(found: Mapping[str, ChannelExtremes]) -> dict[str, Range]:
-    return {name: Range(float(e.min.min()), float(e.max.max())) for name, e in found.items()}

@@ -1,5 +1,6 @@
 """The steps of quantization: each can be left out, is kept only where it gains, and does gain where it should."""
 
+import time
 from dataclasses import replace
 
 import lab
@@ -63,8 +64,8 @@ def smooth_images(count: int = 24) -> np.ndarray:
     return RNG.normal(size=(count, 4, 4, 4)).repeat(2, 2).repeat(2, 3)
 
 
-def found(path, model, samples, precision="int8", **options) -> Found:
-    this = lab.job(path, model, samples, precision=precision, **options)
+def found(path, model, samples, precision="int8", *, deadline=None, **options) -> Found:
+    this = replace(lab.job(path, model, samples, precision=precision, **options), deadline=deadline)
     scheme = OnnxRuntime().schemes(this.profile)[precision]
     return search(this, model, scheme, Prover(model))
 
@@ -77,6 +78,7 @@ CASES = [
     ("equalize", "int8", chain),
     ("ranges", "int8", chain),
     ("bias-correction", "int8", chain),
+    ("rounding", "int8", chain),
     ("rounding", "w4a8", chain),
     ("rounding", "int4", chain),
     ("smooth", "int8", lambda: named(zoo.model(NORMALISED, opset=21))),
@@ -128,7 +130,7 @@ class Rising(Constant):
     """A judge that finds each candidate closer than the one before, and all of them close."""
 
     def __init__(self, *args):
-        self.calls = searching._POOR_DB
+        self.calls = 25
 
     def decibels(self, model, *, simulated=False):
         self.calls += 1
@@ -157,14 +159,16 @@ def test_a_step_that_gains_is_kept(tmp_path, monkeypatch, precision):
     assert one.steps[0].detail.endswith("strength 1"), "the strongest is judged last, and so found closest"
     assert [record.name for record in one.records] == ["equalize"]
     assert one.records[0].proof.error <= one.records[0].proof.tolerance
-    assert one.quantizer.bias_shift and bool(one.quantizer.weights) == (precision == "w4a8")
+    assert one.quantizer.bias_shift and one.quantizer.weights
     assert one.quantizer.method == "entropy", "of the best two, mse and entropy, the one that is corrected last"
 
 
-def test_a_correction_that_is_taken_back_leaves_the_closest_ranges(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_correction_that_is_taken_back_leaves_the_closest_ranges(tmp_path, monkeypatch, rounds):
     """Two methods are corrected; the second becomes the closer one, but both stay behind the first uncorrected."""
     monkeypatch.setattr(searching, "Closeness", Constant)
-    answers = [40.0, 30.0, 20.0, 10.0, 15.0, 19.0]  # four methods, then the corrections of the best two
+    # four methods; the best two corrected, each on exact inputs; the better of those on the quantized prefix
+    answers = [40.0, 30.0, 20.0, 10.0, 15.0, 19.0, *([] if rounds else [18.0])]
     monkeypatch.setattr(Constant, "decibels", lambda self, model, simulated=False: answers.pop(0) if answers else 40.0)
     corrected = Quantizer.corrected
 
@@ -172,11 +176,27 @@ def test_a_correction_that_is_taken_back_leaves_the_closest_ranges(tmp_path, mon
         return replace(corrected(self, *args), kept={"Conv_0": f"collapsed by {self.method}"})
 
     monkeypatch.setattr(Quantizer, "corrected", collapsing)
-    one = found(tmp_path, chain(), smooth_images(), without=("equalize",))
+    without = ("equalize",) if rounds else ("equalize", "rounding")
+    one = found(tmp_path, chain(), smooth_images(), without=without)
     (correction,) = [step for step in one.steps if step.name == "bias-correction"]
     assert (correction.kept, correction.sqnr_before_db, correction.sqnr_after_db) == (False, 40.0, 19.0)
+    assert not answers
     assert one.quantizer.method == "minmax" and not one.quantizer.bias_shift
     assert one.quantizer.kept == {"Conv_0": "collapsed by minmax"}, "found with the ranges that are taken"
+
+
+def test_biases_are_corrected_behind_what_is_quantized_already_where_that_is_closer(tmp_path):
+    """Outputs are then right on average although all that they read is shifted; without rounding, which would do it."""
+    model = chain(np.geomspace(1, 1e-3, 8))
+    one = found(tmp_path, model, smooth_images(64), without=("equalize", "rounding"))
+    (correction,) = [step for step in one.steps if step.name == "bias-correction"]
+    assert correction.kept and "on the quantized prefix" in correction.detail
+    fresh = {"x": smooth_images(200).astype(np.float32)}
+    exact, shifted, bare = (
+        lab.outputs(m, fresh)["y"].mean(0)
+        for m in (model, one.quantizer.build().model, replace(one.quantizer, bias_shift={}).build().model)
+    )
+    assert np.linalg.norm(shifted - exact) < 0.5 * np.linalg.norm(bare - exact)
 
 
 def test_channels_of_very_different_ranges_gain_by_equalization(tmp_path):
@@ -229,17 +249,42 @@ def test_a_method_that_is_named_is_the_only_one_tried(tmp_path):
     assert "ranges" not in steps(one)
 
 
-def test_weights_of_eight_bits_are_rounded_where_the_outputs_are_poor(tmp_path, monkeypatch):
-    assert "rounding" not in steps(found(tmp_path / "good", chain(), smooth_images()))
+def test_weights_of_eight_bits_are_rounded_in_small_networks(tmp_path, monkeypatch):
     model, samples = chain(np.geomspace(1, 1e-3, 8)), smooth_images()
-    poor = found(tmp_path / "poor", model, samples, without=("equalize",))
-    (rounding,) = [step for step in poor.steps if step.name == "rounding"]
-    assert rounding.kept and rounding.sqnr_before_db < searching._POOR_DB
-    assert rounding.sqnr_after_db > rounding.sqnr_before_db + 1
-    assert {stored.dtype for stored in poor.quantizer.weights.values()} == {"int8"}
+    small = found(tmp_path / "small", model, samples, without=("equalize",))
+    (rounding,) = [step for step in small.steps if step.name == "rounding"]
+    assert rounding.kept and rounding.sqnr_after_db > rounding.sqnr_before_db + 1
+    assert {stored.dtype for stored in small.quantizer.weights.values()} == {"int8"}
     monkeypatch.setattr(searching, "_SMALL", 0)
     large = found(tmp_path / "large", model, samples, without=("equalize",))
     assert "rounding" not in steps(large), "too much work for what it gains"
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path):
+    late = found(tmp_path, chain(), smooth_images(), deadline=time.monotonic())
+    assert late.quantizer.method == "minmax" and not late.quantizer.bias_shift and not late.quantizer.weights
+    assert steps(late) == ["smooth", "absorb", "equalize", "ranges", "bias-correction", "rounding"]
+    assert all(not step.kept and "time budget" in step.detail for step in late.steps)
+
+
+LIMITED = CHAIN.replace("r1 = Relu (c1)", "r1 = Clip (c1, low, high)").replace(
+    "float[6] b3>", "float[6] b3, float low = {0.0}, float high = {6.0}>"
+)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(0.1, True), (30.0, False)])
+def test_channels_behind_a_relu6_are_equalized_where_nothing_reaches_its_limit(tmp_path, size, kept):
+    gains = np.geomspace(1, 1e-3, 8)
+    w1, w2 = RNG.normal(size=(8, 4, 3, 3)) * 0.3 * size, RNG.normal(size=(8, 8, 3, 3)) * 0.2
+    weights = {"w1": w1 * gains[:, None, None, None], "b1": 0.1 * gains, "w2": w2 / gains[None, :, None, None]}
+    model, samples = named(zoo.model(LIMITED, weights, opset=21)), smooth_images()
+    one = found(tmp_path, model, samples, without=("rounding",))
+    rows = np.abs(one.quantizer.model.graph.node("Conv_0").inputs[1].const_value.numpy()).max(axis=(1, 2, 3))
+    assert (rows.min() > 0.01 * rows.max()) == kept, "a thousandth before"
+    data = {"x": samples.astype(np.float32)}
+    np.testing.assert_allclose(
+        lab.outputs(one.quantizer.model, data)["y"], lab.outputs(model, data)["y"], rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4", "w4a8"])
