@@ -29,6 +29,13 @@ _EPILOG = (
 )
 
 
+def _threads(context: click.Context, option: click.Parameter, count: int) -> int:
+    """Let numpy take no more threads than the runtime: OpenBLAS asks once, when it is loaded."""
+    if count:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(count))
+    return count
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
 @click.version_option(__version__, prog_name="edgec")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr.")
@@ -58,7 +65,9 @@ def main() -> None:
         click.echo(f"edgec: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("edgec: interrupted; nothing was left behind", err=True)
+        click.echo(
+            "edgec: interrupted; no bundle was left behind. What was measured is kept: run it again to go on", err=True
+        )
         sys.exit(2)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,11 +124,13 @@ def main() -> None:
     default="",
     help=f"Steps of quantization to leave out: {', '.join(parse.STEPS)}.",
 )
-@click.option("--time-budget", metavar="TIME", help="End the search for a better result after so long, e.g. 2min.")
+@click.option(
+    "--time-budget", metavar="TIME", help="End the search after so long, e.g. 2min; run again, it goes on from there."
+)
 @click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")
 @click.option("--max-latency", metavar="TIME", help="E.g. 5ms.")
 @click.option("--max-size", metavar="SIZE", help="E.g. 4MB.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(0), default=0, callback=_threads, help="CPU threads.  [default: all]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--verify", is_flag=True, help="Prove exact passes also on models over 1 GB.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -171,7 +182,7 @@ def compile(
 @click.option("--device", default="local", show_default=True, help="Whose quantization the ranges are for.")
 @click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(0), default=0, callback=_threads, help="CPU threads.  [default: all]")
 def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
     """Find tensor ranges on a folder of images.
 
@@ -195,7 +206,7 @@ def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
     help="Your own judge: outputs -> boxes, or (outputs, reference) -> 0..1.",
 )
 @click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(0), default=0, callback=_threads, help="CPU threads.  [default: all]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def evaluate(model: Path, images: Path, against: Path | None, as_json: bool, **rest: Any) -> None:
@@ -245,7 +256,7 @@ def inspect(path: Path, against: Path | None, layers: bool, why: bool, html: Pat
     "--device", default="local", show_default=True, help="What a plain MODEL runs on: the CPU, or a GPU here."
 )
 @click.option("--target", default="local", show_default=True, help="Where to measure.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(0), default=0, callback=_threads, help="CPU threads.  [default: all]")
 @click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="How long to measure.")
 @click.option("--profile", is_flag=True, help="Time per operator as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

@@ -23,7 +23,7 @@ from edgec.backends.base import load as load_backend
 from edgec.backends.ort import Session
 from edgec.backends.targets.timing import interleave, median_interval
 from edgec.calib import cache, folder, preprocess
-from edgec.compiler import contributions, costs, mixed, pipeline
+from edgec.compiler import contributions, costs, mixed, pipeline, program
 from edgec.compiler import model as model_io
 from edgec.compiler.devices import local_profile
 from edgec.compiler.fidelity import compare
@@ -86,9 +86,10 @@ def run(case: Case, args: argparse.Namespace) -> None:
         prices = costs.measure(build, wiring, feed, threads=args.threads, seconds=args.seconds)
         told += f", latencies {time.perf_counter() - clock:.0f} s (within {100 * prices.misfit:.0f} %)"
         clock = time.perf_counter()
-        share = {name: (part, 0.0) for name, part in macs(model).items() if name in {u.name for u in wiring.units}}
+        units = {unit.name for unit in wiring.units}
+        share = {name: {mixed.FLOAT: part} for name, part in macs(model).items() if name in units}
         problem = mixed.mixed_problem(wiring, prices, errors, {"float_macs": share})
-        found = mixed.frontier(problem, limits={"float_macs": 1 - args.macs}, points=args.points)
+        found = program.frontier(problem, limits={"float_macs": 1 - args.macs}, points=args.points)
         print(f"\n### {case.model}: {told}, search {time.perf_counter() - clock:.0f} s\n")
         everything = mixed.Assignment(dict.fromkeys(problem.choices, mixed.INTEGER))
         everything = replace(everything, predicted=problem.amounts(everything.precision))

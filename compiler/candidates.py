@@ -1,43 +1,42 @@
 """The candidates that may become the result beside the float baseline: quantized, mixed, or in float16.
 
-search.py decides how to quantize, mixed_precision.py which nodes stay in float, half.py what float16 bears; here they
-become models on disk. driver.py measures and judges them.
+search.py decides how to quantize, mixing.py which nodes stay in float and which weights have 4 bits, half.py what
+float16 bears, settings.py what is tried at all; here they become models on disk. trials.py measures and judges them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..calib import ranges as calib_ranges
-from . import half, job, layers
+from . import half, job, layers, mixing
 from . import model as model_io
-from .contributions import Contributions
-from .mixed_precision import Exploration, Point, explore
-from .quantizer import Quantized, Quantizer
-from .report.text import count
-from .search import Found, search
+from .mixing import Mix
+from .quantizer import Quantizer
+from .search import from_ranges, search
+from .settings import objection
+from .tradeoff import Point
 from .types import CalibrationSummary, PassRecord, QuantScheme, Refusal, StepRecord, TensorStatistics
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
 
+    from .closeness import Closeness
     from .job import Job
     from .proof import Prover
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A model on disk that may become the result.
 
     `judged` is the file to judge its quality by where that is another one: types that nothing here computes in are
     rounded by hand. `fused`: ONNX Runtime may use its integer kernels for it. `predicted`: mixed precision's forecast,
     and `calibration_db` what it is to be compared with. `keep_float`: the nodes left in float, None where nothing is
-    quantized.
+    quantized; `quantizer` built it, None where none did.
     """
 
     name: str
@@ -50,11 +49,15 @@ class Candidate:
     predicted: Point | None = None
     calibration_db: float | None = None
     keep_float: Mapping[str, str] | None = None
+    quantizer: Quantizer | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lossy:
-    """What lossy passes gave: nothing at all where only exact passes run."""
+    """What lossy passes gave: nothing at all where only exact passes run.
+
+    `mix` is the program behind the mixtures among the candidates, `judge` what their calibration figures come from.
+    """
 
     calibration: CalibrationSummary | None = None
     quantizer: Quantizer | None = None
@@ -62,93 +65,91 @@ class Lossy:
     steps: tuple[StepRecord, ...] = ()
     records: tuple[PassRecord, ...] = ()
     why_not: str | None = None
-    contributions: Contributions | None = None
+    mix: Mix | None = None
+    judge: Closeness | None = None
     refusals: tuple[Refusal, ...] = ()
     statistics: Mapping[str, TensorStatistics] = field(default_factory=dict)
 
 
-def lossy(this: Job, model: ir.Model, scheme: QuantScheme | None, prover: Prover, work: Path) -> Lossy:
-    """Return what may be tried beside the float `model`, its files in `work`."""
-    if scheme is not None:
-        return _quantize(this, model, scheme, prover, work)
-    if job.wants_float16(this):
-        return Lossy(candidates=(_half(this, model, work),))
-    return Lossy()
+def lossy(this: Job, model: ir.Model, scheme: QuantScheme | None, prover: Prover, baseline: Path) -> Lossy:
+    """Return what may be tried beside the float `model`, which lies in the file `baseline`; files go beside it."""
+    found = Lossy() if scheme is None else _quantize(this, model, scheme, prover, baseline)
+    if not job.wants_float16(this) and objection(this, "fp16") is not None:
+        return found
+    return replace(found, candidates=(*found.candidates, _half(this, model, baseline.parent)))
 
 
-def feed(this: Job) -> dict[str, np.ndarray]:
-    """Return one input of batch 1: a real image where there is one."""
-    images = this.judged or this.images
-    if images is not None:
-        return dict(next(iter(images.batches(1))).feed)
-    return model_io.sample_inputs(model_io.input_specs(model_io.load(this.path)), this.options.seed)
-
-
-def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, work: Path) -> Lossy:
+def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, baseline: Path) -> Lossy:
     if layers.is_quantized(model):
         return Lossy(why_not="the model holds quantized operators already: only exact passes ran")
-    if this.images is None:
-        ranges = {} if this.options.ranges is None else calib_ranges.from_json(this.options.ranges)
-        found = Found(Quantizer(model, this.backend.supports, scheme, ranges))
-    else:
-        found = search(this, model, scheme, prover)
-    quantized = found.quantizer.build()
-    if not quantized.modified:
+    found = from_ranges(this, model, scheme) if this.images is None else search(this, model, scheme, prover)
+    plain = _plain(this, found.quantizer, precision(this), baseline.parent)
+    if plain.keep_float is None:
         why_not = "no node of the model can be quantized: only exact passes ran"
-        return Lossy(found.calibration, why_not=why_not, refusals=quantized.records[0].refusals)
-    plain = _candidate(this, precision(this), quantized, work)
+        return Lossy(found.calibration, why_not=why_not, refusals=plain.records[0].refusals)
+    whole = Lossy(
+        found.calibration,
+        found.quantizer,
+        (plain,),
+        found.steps,
+        found.records,
+        judge=found.judge,
+        statistics=found.statistics,
+    )
+    return _mixed(this, whole, plain, prover, baseline) if mixing.possible(this) else whole
+
+
+def _mixed(this: Job, found: Lossy, plain: Candidate, prover: Prover, baseline: Path) -> Lossy:
+    """Add mixed precision's candidates to the plain one."""
+    if this.seconds_left == 0:
+        return replace(found, why_not="the time budget ended before mixed precision, which was not tried")
+    assert found.quantizer is not None
     start = time.perf_counter()
-    mix = _explore(this, found.quantizer)
+    ends = mixing.widths(this, found.quantizer, prover, model_io.size_bytes(plain.path))
+    mix = mixing.mix(this, found.quantizer, ends, baseline, found.judge)
     if mix is None:
-        return replace(_lossy(found, (plain,)), steps=found.steps)
-    candidates = [replace(plain, predicted=mix.plain), *_points(this, found.quantizer, mix.points, work)]
-    if found.judge is not None:
-        candidates = [replace(c, calibration_db=found.judge.decibels(c.model)) for c in candidates]
-    step = StepRecord("mixed-precision", True, None, None, time.perf_counter() - start, _told(mix))
-    return replace(_lossy(found, tuple(candidates)), steps=(*found.steps, step), contributions=mix.contributions)
-
-
-def _lossy(found: Found, candidates: tuple[Candidate, ...]) -> Lossy:
-    return Lossy(
-        found.calibration, found.quantizer, candidates, found.steps, found.records, statistics=found.statistics
+        return found
+    candidates = [replace(plain, predicted=mix.uniform(plain.precision))]
+    if ends is not None and plain.precision == "int8":
+        one = _plain(this, ends.narrow, "w4a8", baseline.parent)
+        candidates.append(replace(one, predicted=mix.uniform("w4a8")))
+    candidates += points(this, mix, mix.points, baseline.parent, [c.name for c in candidates])
+    step = StepRecord("mixed-precision", True, None, None, time.perf_counter() - start, mix.told())
+    return replace(
+        found,
+        candidates=tuple(compared(found.judge, candidates)),
+        steps=(*found.steps, step),
+        mix=mix,
     )
 
 
-def _explore(this: Job, quantizer: Quantizer) -> Exploration | None:
-    """Look for what shall stay in float, where integers are measured on this machine and not left out."""
-    wanted = precision(this) == "int8" and "mixed-precision" not in this.options.without
-    if not wanted or this.images is None or this.target is None:
-        return None
-    return explore(
-        quantizer,
-        this.images,
-        feed(this),
-        threads=this.threads,
-        seed=this.options.seed,
-        seconds=this.options.time_budget,
-        progress=this.progress,
-    )
+def compared(judge: Closeness | None, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates with what their predictions are to be compared with."""
+    if judge is None:
+        return list(candidates)
+    return [c if c.predicted is None else replace(c, calibration_db=judge.decibels(c.model)) for c in candidates]
 
 
-def _told(found: Exploration) -> str:
-    off = "" if found.latency_misfit is None else f", latencies within {100 * found.latency_misfit:.0f} %"
-    return (
-        f"{len(found.points)} assignments, from {count(found.images, 'image')}; models fit what was measured: errors "
-        f"within {found.contributions.misfit_db:.1f} dB{off}"
-    )
-
-
-def _points(this: Job, quantizer: Quantizer, points: Sequence[Point], work: Path) -> list[Candidate]:
-    names: set[str] = set()
-    found = []
-    for point in points:
-        base = name = f"{precision(this)}, {len(point.keep_float)} in float"
+def points(this: Job, mix: Mix, some: Sequence[Point], work: Path, taken: Collection[str]) -> list[Candidate]:
+    """Build these points; no two candidates, nor one of them and one of `taken`, have the same name."""
+    found: list[Candidate] = []
+    names = set(taken)
+    for point in some:
+        if found and point.narrow and this.seconds_left == 0:
+            break  # each has its weights rounded anew
+        kind = "w4a8" if point.narrow else precision(this)
+        name = base = ", ".join([kind, *point.said])
         while name in names:
             name = f"{base} ({len(names) + 1})"
         names.add(name)
-        candidate = _candidate(this, name, quantizer.build(point.keep_float), work)
-        found.append(replace(candidate, predicted=point))
+        made = _built(this, mix.quantizer_of(point), point.keep_float, name, kind, work)
+        found.append(replace(made, predicted=point))
     return found
+
+
+def precision(this: Job) -> str:
+    """Return the precision that is searched for beside float32."""
+    return "int8" if this.options.precision == "auto" else this.options.precision
 
 
 def _half(this: Job, model: ir.Model, work: Path) -> Candidate:
@@ -156,32 +157,26 @@ def _half(this: Job, model: ir.Model, work: Path) -> Candidate:
     return Candidate("fp16", "fp16", path, found.model, found.records, judged)
 
 
-def precision(this: Job) -> str:
-    """Return the name of the precision that is tried beside float32."""
-    return "int8" if this.options.precision == "auto" else this.options.precision
+def _plain(this: Job, quantizer: Quantizer, name: str, work: Path) -> Candidate:
+    """Return the candidate with everything quantized that can be; its `keep_float` is None where nothing can."""
+    made = _built(this, quantizer, {}, name, name, work)
+    return made if made.records[0].modified else replace(made, keep_float=None)
 
 
-def widened(this: Job, quantizer: Quantizer, work: Path) -> list[Candidate]:
-    """Return candidates with ever more of the worst layers in float."""
-    return [
-        _candidate(this, f"{precision(this)}, worst {len(keep)} in float", quantizer.build(keep), work)
-        for keep in quantizer.widened()
-    ]
-
-
-def _candidate(this: Job, name: str, quantized: Quantized, work: Path) -> Candidate:
-    path = work / f"{name.replace(', ', '-').replace(' ', '-')}.onnx"
-    scheme = job.quant_scheme(this)
-    fused = scheme is None or not scheme.simulated
+def _built(
+    this: Job, quantizer: Quantizer, keep_float: Mapping[str, str], name: str, kind: str, work: Path
+) -> Candidate:
+    quantized = quantizer.build(keep_float)
     return save(
         Candidate(
             name,
-            precision(this),
-            path,
+            kind,
+            work / f"{name.replace(', ', '-').replace(' ', '-')}.onnx",
             quantized.model,
             quantized.records,
-            fused=fused,
+            fused=not quantizer.scheme.simulated,
             keep_float=quantized.keep_float,
+            quantizer=quantizer,
         )
     )
 

@@ -217,7 +217,7 @@ def _portions(subject: _Subject, wiring: Wiring, found: Contributions) -> dict[s
     working = [
         (replace(source, units=tuple(u for u in source.units if u in units)), float(energy))
         for source, energy in zip(found.sources, found.alone, strict=True)
-        if not units.isdisjoint(source.units)
+        if source.works(units)
     ]
     total = sum(energy for _, energy in working)
     if not (math.isfinite(total) and total > 0):

@@ -3,10 +3,15 @@
 What is left to `auto` is chosen among the candidates inside the budget: the fastest one that is *shown* to be faster
 than the float baseline (the whole 95 % interval of the speed-up above MARGIN), else the baseline; among those that are
 as fast, the closest to the original. A lossy candidate that could not be judged is never taken by `auto`. Where nothing
-could be measured, the first lossy candidate inside the budget is taken, and that is said.
+could be measured, of the first setting's candidates inside the budget the one is taken that has most work on integers
+(and is the closest of these), and that is said.
+
+A stated latency is fast enough: with `--max-latency` the closest to the original is taken of all that hold it; so it is
+with `--max-size` where a precision is named.
 
 What the user names is obeyed. Of several candidates of that precision the closest to the original is taken that is as
-fast as the plain one (AS_PLAIN of its speed) and faster than the float baseline (MARGIN), where any is that fast.
+fast as the plain one (AS_PLAIN of its speed) and faster than the float baseline (MARGIN), where any is that fast. Where
+none holds a stated --max-drop, the one that loses least is the best attempt.
 """
 
 from __future__ import annotations
@@ -31,9 +36,10 @@ def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None) ->
     problems = [_problem(a, budget) for a in attempts]
     if named is None:
         problems = [p or (_unjudged(a) if i else None) for i, (p, a) in enumerate(zip(problems, attempts, strict=True))]
-    winner = _fastest(attempts, problems) if named is None else _named(attempts, problems, named)
+    enough = budget.max_latency_ms is not None
+    winner = _fastest(attempts, problems, enough) if named is None else _named(attempts, problems, named, budget)
     return tuple(
-        replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named))
+        replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named, enough))
         for i, a in enumerate(attempts)
     )
 
@@ -60,32 +66,56 @@ def _problem(attempt: Attempt, budget: Budget) -> str | None:
     return None
 
 
-def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: str) -> int:
+def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: str, budget: Budget) -> int:
     """Choose among the attempts of the named precision: those inside the budget, if any."""
     of_it = [i for i, a in enumerate(attempts) if a.precision == named]
-    inside = [i for i in of_it if problems[i] is None] or of_it
+    stated = budget if budget.drop_stated else replace(budget, max_drop=math.inf)
+    holding = [i for i in of_it if _problem(attempts[i], stated) is None]
+    inside = [i for i in of_it if problems[i] is None] or holding
+    if inside and (budget.max_latency_ms is not None or budget.max_size_bytes is not None):
+        return _closest(attempts, inside)
+    if not inside and budget.drop_stated and of_it:
+        return min(of_it, key=lambda i: _drop(attempts[i]))
+    inside = inside or of_it
     if not inside:
         return 0
     speeds = {i: attempts[i].measurement.speedup for i in inside}
     known = {i: speed for i, speed in speeds.items() if speed is not None}
     if len(known) < len(inside):
-        return inside[0]
+        return inside[0] if known else _most_integers(attempts, inside)
     fastest = max(known.values())
     plain = attempts[of_it[0]].measurement.speedup or fastest
     floor = max(AS_PLAIN * min(plain, fastest), min(MARGIN, fastest))
     return _closest(attempts, [i for i in inside if known[i] >= floor])
 
 
-def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None]) -> int:
+def _drop(attempt: Attempt) -> float:
+    drop = None if attempt.fidelity is None else attempt.fidelity.drop
+    return math.inf if drop is None or math.isnan(drop) else drop
+
+
+def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None], enough: bool) -> int:
     inside = [i for i, a in enumerate(attempts) if problems[i] is None]
     if not inside:
         return 0
     if attempts[0].measurement.median_ms is None:
-        return inside[-1] if 0 not in inside or len(inside) == 1 else next(i for i in inside if i != 0)
+        return _most_integers(attempts, [i for i in inside if i] or inside)
     faster = {i: attempts[i].measurement.speedup or 0.0 for i in inside if i and shown_faster(attempts[i])}
-    if faster:  # paired: medians drift apart
-        return _closest(attempts, [i for i, speed in faster.items() if speed >= AS_FAST * max(faster.values())])
-    return 0 if 0 in inside else inside[0]
+    if not faster and 0 in inside:
+        return 0
+    speeds = faster or {i: attempts[i].measurement.speedup or 0.0 for i in inside}  # paired: medians drift apart
+    floor = 0.0 if enough else AS_FAST * max(speeds.values())
+    return _closest(attempts, [i for i, speed in speeds.items() if speed >= floor])
+
+
+def _most_integers(attempts: Sequence[Attempt], among: Sequence[int]) -> int:
+    """Return the closest of those with most work on integers, which stands for speed where nothing is measured.
+
+    The first one's precision is kept to: settings are tried in the order of what they promise.
+    """
+    alike = {i: attempts[i].integer_macs for i in among if attempts[i].precision == attempts[among[0]].precision}
+    shares = {i: 1.0 if share is None else share for i, share in alike.items()}
+    return _closest(attempts, [i for i, share in shares.items() if share >= max(shares.values()) - 1e-9])
 
 
 def _closest(attempts: Sequence[Attempt], among: Sequence[int]) -> int:
@@ -105,13 +135,15 @@ def shown_faster(attempt: Attempt) -> bool:
     return low is not None and low > MARGIN
 
 
-def _verdict(attempts: Sequence[Attempt], i: int, winner: int, problem: str | None, named: str | None) -> str:
+def _verdict(
+    attempts: Sequence[Attempt], i: int, winner: int, problem: str | None, named: str | None, enough: bool
+) -> str:
     """Say why the attempt was chosen or not; the first one is the baseline."""
     attempt = attempts[i]
     if problem is not None:
         return f"asked for, but {problem}" if i == winner and named else problem
     if i == winner:
-        return _reason(attempts, i, named)
+        return _reason(attempts, i, named, enough)
     if i == 0:
         return "the baseline"
     if attempt.measurement.median_ms is None:
@@ -124,7 +156,7 @@ def _verdict(attempts: Sequence[Attempt], i: int, winner: int, problem: str | No
     return "inside the budget, but slower than the chosen one"
 
 
-def _reason(attempts: Sequence[Attempt], winner: int, named: str | None) -> str:
+def _reason(attempts: Sequence[Attempt], winner: int, named: str | None, enough: bool) -> str:
     attempt = attempts[winner]
     if named:
         return "asked for" if attempt.precision == named else "only exact passes ran"
@@ -133,5 +165,7 @@ def _reason(attempts: Sequence[Attempt], winner: int, named: str | None) -> str:
     if winner == 0:
         return "nothing else is faster inside the budget"
     fastest = max((a.measurement.speedup or 0.0 for a in attempts if a.measurement.speedup), default=0.0)
+    if enough:
+        return "the closest to the original inside the budget"
     alone = (attempt.measurement.speedup or 0.0) >= fastest
     return "the fastest inside the budget" if alone else "the closest to the original of the fastest inside the budget"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from .proof import LARGE
 from .types import DeviceProfile, FloatScheme, InputSpec, Preprocess, Progress, QuantScheme
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from ..backends.base import Backend
@@ -42,6 +44,13 @@ class Job:
     judged: folder.Folder | None
     metric: fidelity.Metric | None
     progress: Progress
+    #: When the search shall end, on time.monotonic's clock; None where no time budget is stated.
+    deadline: float | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the search shall end, at least 0; None where it may take its time."""
+        return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
 
 
 def check_precision(options: Options) -> None:
@@ -59,6 +68,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
 
     Raises DeviceError, DataError, UserError (exit code 2) and UnavailableError (4), all before any work is done.
     """
+    deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
     profile = devices.find(options.device)
     here = devices.is_this_machine(profile)
     if options.target == "local" and not here:
@@ -96,6 +106,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         judged=judged,
         metric=metric,
         progress=progress,
+        deadline=deadline,
     )
 
 
@@ -145,6 +156,14 @@ def _target(url: str | None, profile: DeviceProfile, backend: Backend) -> tuple[
     if problem is not None:
         raise problem
     return LocalTarget(), None
+
+
+def one_input(job: Job) -> dict[str, np.ndarray]:
+    """Return one input of batch 1 to time with: a real image where there is one."""
+    images = job.judged or job.images
+    if images is not None:
+        return dict(next(iter(images.batches(1))).feed)
+    return model_io.sample_inputs(model_io.input_specs(model_io.load(job.path)), job.options.seed)
 
 
 def scheme(job: Job) -> FloatScheme | QuantScheme:

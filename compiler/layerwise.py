@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ..passes.weight_writer import dequantize
+from ..passes.weight_writer import added_bias, dequantize, takes_shift
 from . import gram
 from .layers import LINEAR
 from .stream import Arrays, Stream
@@ -100,7 +100,7 @@ def walk(
     steps = []
     for node, twin in layers:
         steps.append(_step(node, twin, pair, options))
-        progress("rounding the layers", len(steps), len(layers))
+        progress("fitting the layers", len(steps), len(layers))
     return tuple(steps)
 
 
@@ -162,7 +162,7 @@ def _step(node: ir.Node, twin: ir.Node, pair: _Pair, options: _Options) -> Layer
         pair.coarse.fix(weight, array.T if _turned(node, twin) else array)
     coarse_y = pair.coarse.pull(twin.outputs[0])
     shift = None
-    if options.correct and quantized and node.op_type != "MatMul":  # MatMul has no bias
+    if options.correct and quantized and takes_shift(node):
         shift = _shift(target, coarse_y, 1 if node.op_type.startswith("Conv") else coarse_y[0].ndim - 1)
     choice = picked.choice
     return LayerStep(
@@ -193,7 +193,7 @@ def _pick(node: ir.Node, x: Arrays, target: Arrays, options: _Options) -> _Picke
     layout = gram.layout(node, weight.shape)
     if isinstance(layout, str):
         return _Picked(reason=layout)
-    layout = replace(layout, biased=layout.biased and options.correct)
+    layout = replace(layout, biased=takes_shift(node) and options.correct)
     moments, bias = gram.Moments(layout), _bias(node, weight.size // layout.inputs).reshape(layout.groups, 1, -1)
     most = math.ceil(max(ROWS, ROWS_PER_INPUT * layout.inputs) / len(x))
     for one, wanted in zip(x, target, strict=True):
@@ -222,8 +222,10 @@ def _turned(node: ir.Node, twin: ir.Node) -> bool:
 
 def _target(node: ir.Node, y: Arrays, pair: _Pair) -> Arrays:
     """Return y, with the error added that a residual Add behind the layer gets from its other input, if known."""
-    uses = tuple(node.outputs[0].uses())
-    add = uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+    biased = added_bias(node)
+    out = node.outputs[0] if biased is None else biased[0].outputs[0]
+    uses = tuple(out.uses())
+    add = uses[0].node if len(uses) == 1 and not out.is_graph_output() else None
     twin = pair.twins.get(add.name) if add is not None else None
     if add is None or twin is None or add.op_type != "Add" or twin.op_type != "Add":
         return y

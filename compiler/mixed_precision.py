@@ -1,11 +1,12 @@
-"""Which nodes run on integers: the frontier of error against latency, for one quantizer on this machine.
+"""Which nodes run on integers, and with weights of how many bits: measured for one quantizer on this machine.
 
 1. Every rounding's own error at the network's outputs is measured on calibration images (contributions.py).
 2. Every node's latency in float and on integers, and that of the steps between them, is measured (costs.py).
-3. An integer program gives the assignments that are best for their latency (mixed.py).
+3. Where the size is limited: every node's bytes; where weights may have 4 bits: the errors of those.
+4. An integer program gives the assignments that are best for their latency (mixed.py, program.py, tradeoff.py).
 
 What comes out are predictions beside assignments; driver.py builds, measures and judges them like any candidate.
-Without a target to measure on, the multiply-accumulates left in float stand in for the latency.
+Measurements are kept as they are made (memory.py): the next compile of the same begins where this one ends.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..passes.placement import Placement, place
-from . import contributions, costs, mixed
+from . import contributions, costs, memory, mixed
+from . import model as model_io
 from .closeness import few
-from .errors import BudgetError
 from .layers import LINEAR, macs
 from .quantizer import Quantizer
 from .switchboard import Switchboard
+from .tradeoff import LEAST_INTEGER, REACH, Point, Tradeoff
 from .types import Progress
 from .units import Wiring, wire
 
@@ -32,43 +34,36 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..calib.folder import Folder
+    from .closeness import Closeness
 
-#: At least this share of the multiply-accumulates stays on integers where integers were asked for.
-LEAST_INTEGER = 0.5
-#: Points of the frontier, and its mixtures' and their timing's extent.
-_POINTS, _MIXTURES, _SECONDS = 6, 6, 3.0
+#: The mixtures' and their timing's extent.
+_MIXTURES, _SECONDS = 6, 3.0
+#: Latencies that fit what was measured worse than this are not believed a second time: the machine was busy.
+_BELIEVED = 0.15
 #: Images that each rounding is judged on, within these limits: so many as keep the input numbers, and the
 #: multiply-accumulates of running the network once for each rounding, below the other two.
 _FEWEST, _MOST, _NUMBERS, _WORK = 2, 32, 4 * 3 * 352 * 352, 1e12
-#: Assignments are looked for up to this multiple of the plain one's latency, or of the float one's if that is less.
-_REACH = 1.06
+#: Predictions go through what is measured of assignments with these parts of the roundings' sum.
+_SHARES = (1.0, 0.3, 0.1)
 #: Seconds after which no further image is taken, where no budget is stated.
 _PATIENCE = 45.0
 
 
-@dataclass(frozen=True)
-class Point:
-    """One assignment: what stays in float (with the reason), and what is predicted of it.
+@dataclass(frozen=True, eq=False)
+class Narrow:
+    """The same quantizer with weights of 4 bits, as an alternative for each unit; and whether float is one as well."""
 
-    `speedup` is over the float model, None where nothing was measured; `db` is the SQNR of the outputs, `integer_macs`
-    the share on integers.
-    """
-
-    keep_float: Mapping[str, str]
-    speedup: float | None
-    db: float
-    integer_macs: float
+    quantizer: Quantizer
+    floats: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exploration:
-    """The frontier, the plain assignment's predictions, and how far the latency model is off on what was measured."""
+    """The frontier, the plain assignment's predictions, and the program that they come from."""
 
     points: tuple[Point, ...]
     plain: Point
-    contributions: contributions.Contributions
-    latency_misfit: float | None
-    images: int
+    tradeoff: Tradeoff
 
 
 def explore(
@@ -79,70 +74,142 @@ def explore(
     threads: int,
     seed: int = 0,
     least_integer: float = LEAST_INTEGER,
-    reach: float | None = _REACH,
+    reach: float | None = REACH,
     seconds: float | None = None,
     progress: Progress,
 ) -> Exploration | None:
-    """Return the frontier; None where there is nothing to choose.
+    """Return the frontier, the plain assignment and the one in float left out; None where there is nothing to choose.
 
-    `feed` is one input to time, None to time nothing. At least `least_integer` of the multiply-accumulates stays on
-    integers, and nothing slower than `reach` times the plain assignment is looked for (None: whatever it takes).
-    `seconds` bounds the measuring of errors and the search.
+    `feed` is one input to time, None to time nothing. `least_integer` and `reach` as for Tradeoff.frontier. `seconds`
+    bounds the measuring of errors and the search.
     """
-    scheme = quantizer.scheme
+    deadline = time.monotonic() + (_PATIENCE if seconds is None else seconds)
+    found = weigh(quantizer, images, feed, threads=threads, seed=seed, deadline=deadline, progress=progress)
+    if found is None:
+        return None
+    some = found.frontier(least_integer=least_integer, reach=reach, deadline=deadline, progress=progress)
+    return Exploration(mixtures(found, some), found.point(found.uniform(mixed.INTEGER)), found)
+
+
+def mixtures(tradeoff: Tradeoff, some: Iterable[mixed.Assignment]) -> tuple[Point, ...]:
+    """Return the points of these assignments that are neither all in float nor all on integers of 8 bits."""
+    points = [tradeoff.point(one) for one in some]
+    units = len(tradeoff.wiring.units)
+    return tuple(p for p in points if (p.keep_float or p.narrow) and len(p.keep_float) < units)
+
+
+def weigh(
+    quantizer: Quantizer,
+    images: Folder,
+    feed: Mapping[str, np.ndarray] | None,
+    *,
+    threads: int,
+    seed: int = 0,
+    narrow: Narrow | None = None,
+    sizes: Mapping[str, float] | None = None,
+    judge: Closeness | None = None,
+    deadline: float | None = None,
+    progress: Progress,
+) -> Tradeoff | None:
+    """Measure what the choices of precision cost; None where there is nothing to choose.
+
+    `sizes` are bytes of the files that hold all of the model in float, and all that can be with weights of 8 or 4
+    bits, by mixed.py's names of these. Predicted errors go through what `judge` measures of a few assignments. With
+    `deadline` (on time.monotonic's clock) no further image is taken.
+    """
     wiring = wire(quantizer.model, _placement(quantizer))
     if len(wiring.units) < 2:
         return None
-    deadline = time.monotonic() + (_PATIENCE if seconds is None else seconds)
-    bare = replace(quantizer, scheme=replace(scheme, shield_float=False, nhwc_kernels=False)).build().model
-    board = Switchboard(quantizer.model, bare, wiring, threads=threads)
-    some = _images(images, quantizer.model, len(wiring.units))
-    errors = contributions.measure(
-        board,
-        wiring,
-        some.batches(max(1, min(16, len(some) // 2))),
-        images=len(some),
-        cumulative=False,
-        seed=seed,
-        deadline=deadline,
-        progress=progress,
-    )
-    del board
+    deadline = time.monotonic() + _PATIENCE if deadline is None else deadline
+    errors, hit = _errors(quantizer, wiring, images, threads, seed, deadline, progress)
+    if judge is not None:
+        errors = _measured(errors, quantizer, wiring, judge, deadline)
+    prices, timed = _latencies(quantizer, wiring, feed, threads, seed, progress)
+    added: dict[str, float] = {}
+    if narrow is not None:
+        finer, again = _errors(narrow.quantizer, wiring, images, threads, seed, deadline, progress)
+        # sums are larger with 4 bits: what is to be expected of them is fitted there
+        errors, hit = replace(finer, sources=errors.sources, alone=errors.alone), hit and again
+        added = _of_weights(finer)
+        if judge is not None:
+            everything = frozenset(unit.name for unit in wiring.units)
+            sums = errors.added(everything) - sum(_of_weights(errors).values()) + sum(added.values())
+            errors = errors.through([(sums, _judged(judge, narrow.quantizer, wiring, everything))])
     work = _float_macs(quantizer.model, wiring)
-    if feed is None:
-        prices, measure = _no_costs(wiring), "float_macs"
-    else:
-        build = functools.partial(_built, quantizer, wiring)
-        prices = costs.measure(
-            build, wiring, feed, threads=threads, mixtures=_MIXTURES, seconds=_SECONDS, seed=seed, progress=progress
-        )
-        measure = "ms"
-    problem = mixed.mixed_problem(wiring, prices, errors, {"float_macs": {n: (part, 0.0) for n, part in work.items()}})
-    everything, nothing = (_uniform(problem, precision) for precision in (mixed.INTEGER, mixed.FLOAT))
+    extra = {"float_macs": {name: {mixed.FLOAT: share} for name, share in work.items()}}
+    extra["wide"] = {name: {mixed.INTEGER: 1.0} for name in added}
+    if sizes is not None:
+        extra["bytes"] = unit_bytes(quantizer.model, wiring, sizes)
+    problem = mixed.mixed_problem(wiring, prices, errors, extra, narrow=added, floats=narrow is None or narrow.floats)
     possible = sum(work.values()) if work else 1.0  # layers without an integer form are float whatever is chosen
-    limits = {"float_macs": max(possible - least_integer, 0.0)}
-    fastest = min(everything.predicted["ms"], nothing.predicted["ms"])
-    reached = {} if reach is None or feed is None else {"ms": reach * fastest}
-    search = functools.partial(
-        mixed.frontier, problem, "error", measure, points=_POINTS, deadline=deadline, progress=progress
-    )
-    try:
-        found = search(limits=limits | reached)
-    except BudgetError:  # nothing with so much on integers is as fast
-        found = search(limits=limits)
-    float_ms = nothing.predicted["ms"] if feed is not None else None
-    points = [_point(one, wiring, errors, possible, float_ms) for one in found]
-    return Exploration(
-        tuple(p for p in points if p.keep_float),
-        _point(everything, wiring, errors, possible, float_ms),
-        errors,
-        prices.misfit if feed is not None else None,
-        errors.images,
-    )
+    return Tradeoff(problem, wiring, errors, possible, None if feed is None else prices.misfit, hit and timed)
 
 
 def _placement(quantizer: Quantizer) -> Placement:
     return place(quantizer.model, quantizer.ranges, quantizer.supports, quantizer.scheme, quantizer.kept)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def _errors(
+    quantizer: Quantizer,
+    wiring: Wiring,
+    images: Folder,
+    threads: int,
+    seed: int,
+    deadline: float,
+    progress: Progress,
+) -> tuple[contributions.Contributions, bool]:
+    """Measure what each rounding adds; say whether all of it was known from an earlier compile."""
+    bare = replace(quantizer, scheme=replace(quantizer.scheme, shield_float=False, nhwc_kernels=False)).build().model
+    board = Switchboard(quantizer.model, bare, wiring, threads=threads)
+    some = _images(images, quantizer.model, len(wiring.units))
+    batch = max(1, min(16, len(some) // 2))
+    models = [model_io.fingerprint(quantizer.model), model_io.fingerprint(bare)]
+    key = memory.context("errors", models=models, batch=batch, threads=threads, **memory.of_images(some))
+    kept = memory.Memory(key)
+    try:
+        found = contributions.measure(
+            board,
+            wiring,
+            some.batches(batch),
+            images=len(some),
+            cumulative=False,
+            seed=seed,
+            deadline=deadline,
+            progress=progress,
+            memory=kept,
+        )
+    finally:
+        kept.close()
+    return found, kept.misses == 0
+
+
+def _measured(
+    errors: contributions.Contributions, quantizer: Quantizer, wiring: Wiring, judge: Closeness, deadline: float
+) -> contributions.Contributions:
+    """Let predictions go through what the judge measures of everything on integers, and of lighter assignments."""
+    points: list[tuple[float, float]] = []
+    for share in _SHARES:
+        if points and time.monotonic() > deadline:
+            break
+        units = errors.lighter(wiring, share)
+        if units:
+            points.append((errors.added(units), _judged(judge, quantizer, wiring, units)))
+    return errors.through(points)
+
+
+def _judged(judge: Closeness, quantizer: Quantizer, wiring: Wiring, units: frozenset[str]) -> float:
+    """Return the error with these units on integers, relative to the energy of the output that has the largest."""
+    model = _built(quantizer, wiring, units)
+    return float(10.0 ** (-judge.decibels(model, simulated=quantizer.scheme.simulated) / 10))
+
+
+def _of_weights(found: contributions.Contributions) -> dict[str, float]:
+    """Return what each unit's weights add by themselves."""
+    pairs = zip(found.sources, found.alone, strict=True)
+    return {source.units[0]: float(error) for source, error in pairs if source.kind == "weight"}
 
 
 def _images(images: Folder, model: ir.Model, units: int) -> Folder:
@@ -154,30 +221,49 @@ def _images(images: Folder, model: ir.Model, units: int) -> Folder:
     return some.subset(i * len(some) // count for i in range(count))
 
 
-def _built(quantizer: Quantizer, wiring: Wiring, integer: frozenset[str]) -> ir.Model:
-    return quantizer.build(_in_float(wiring, integer)).model
+# ------------------------------------------------------------------------------------------ latencies
 
 
-def _in_float(wiring: Wiring, integer: frozenset[str]) -> dict[str, str]:
-    reason = "mixed precision: in float the network is closer to the original for its latency"
-    realised = wiring.realised(set(integer))
-    return {unit.name: reason for unit in wiring.units if unit.name not in realised}
-
-
-def _point(
-    one: mixed.Assignment,
+def _latencies(
+    quantizer: Quantizer,
     wiring: Wiring,
-    errors: contributions.Contributions,
-    possible: float,
-    float_ms: float | None,
-) -> Point:
-    error = errors.expected(one.predicted.get("error", 0.0))
-    return Point(
-        _in_float(wiring, one.having(mixed.INTEGER)),
-        None if float_ms is None else float_ms / one.predicted["ms"],
-        -10 * math.log10(error) if error > 0 else math.inf,
-        possible - one.predicted.get("float_macs", 0.0),
+    feed: Mapping[str, np.ndarray] | None,
+    threads: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[costs.Costs, bool]:
+    """Measure what each unit takes; say whether it was known. Nothing takes any time where there is no input."""
+    if feed is None:
+        nothing = {link.tensor: 0.0 for link in wiring.links}
+        return costs.Costs(nothing, nothing, nothing, nothing), True
+    key = memory.context(
+        "latencies",
+        models=[model_io.fingerprint(quantizer.model), model_io.fingerprint(quantizer.build().model)],
+        inputs={name: [list(array.shape), array.dtype.name] for name, array in feed.items()},
+        extent=[_MIXTURES, _SECONDS, seed],
+        **memory.of_machine(threads),
     )
+    kept = memory.Memory(key)
+    try:
+        known = kept.get("costs")
+        if known is not None and known["misfit"] <= _BELIEVED:
+            return costs.Costs(**known), True
+        build = functools.partial(_built, quantizer, wiring)
+        found = costs.measure(
+            build, wiring, feed, threads=threads, mixtures=_MIXTURES, seconds=_SECONDS, seed=seed, progress=progress
+        )
+        kept.put("costs", asdict(found))
+    finally:
+        kept.close()
+    return found, False
+
+
+def _built(quantizer: Quantizer, wiring: Wiring, integer: frozenset[str]) -> ir.Model:
+    realised = wiring.realised(set(integer))
+    return quantizer.build({unit.name: "to be timed" for unit in wiring.units if unit.name not in realised}).model
+
+
+# ------------------------------------------------------------------------------------------ work and bytes
 
 
 def _float_macs(model: ir.Model, wiring: Wiring) -> dict[str, float]:
@@ -187,11 +273,23 @@ def _float_macs(model: ir.Model, wiring: Wiring) -> dict[str, float]:
     return {unit.name: every[unit.name] / total for unit in wiring.units if every.get(unit.name)}
 
 
-def _uniform(problem: mixed.Problem, precision: str) -> mixed.Assignment:
-    choice = dict.fromkeys(problem.choices, precision)
-    return mixed.Assignment(choice, problem.amounts(choice))
+#: Bytes of one weight.
+_WIDTHS = {mixed.FLOAT: 4.0, mixed.INTEGER: 1.0, mixed.NARROW: 0.5}
 
 
-def _no_costs(wiring: Wiring) -> costs.Costs:
-    nothing = {link.tensor: 0.0 for link in wiring.links}
-    return costs.Costs(nothing, nothing, nothing, nothing)
+def unit_bytes(model: ir.Model, wiring: Wiring, sizes: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return the bytes of each unit in each precision that `sizes` has, so that uniform choices come out as measured.
+
+    A unit takes its weights' bytes, and its part of what the file takes beside all units' weights: scales, nodes and
+    names of its precision, an equal part for every unit.
+    """
+    weights = {n.name or "": _numbers(n) for n in model.graph if n.op_type in LINEAR}
+    names = [unit.name for unit in wiring.units]
+    numbers = {name: weights.get(name, 0) for name in names}
+    rest = {k: max(size - _WIDTHS[k] * sum(numbers.values()), 0.0) / len(names) for k, size in sizes.items()}
+    return {name: {k: _WIDTHS[k] * numbers[name] + rest[k] for k in sizes} for name in names}
+
+
+def _numbers(node: ir.Node) -> int:
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    return 0 if weight is None or weight.const_value is None else int(weight.const_value.size)

@@ -104,15 +104,6 @@ class Quantizer:
             kept={**self.kept, **_collapsed(found)},
         )
 
-    def widened(self) -> list[dict[str, str]]:
-        """Return ever larger sets of layers to keep in float: the 1, 2, 4, … with the lowest own SQNR."""
-        ranked = sorted((db, name) for name, db in self.errors.items() if name not in self.kept)
-        counts = [2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)]
-        return [
-            {name: f"kept in float to hold the budget (own SQNR {db:.1f} dB)" for db, name in ranked[:count]}
-            for count in counts
-        ]
-
 
 def choose_ranges(statistics: Mapping[str, TensorStatistics], method: str, scheme: QuantScheme) -> dict[str, Range]:
     """Return each tensor's range by the method, for the scheme's activations."""

@@ -8,7 +8,8 @@ error at its output is its own, that of its rounded inputs and weights, and noth
 
     shift_l[c] = mean over images and positions of (y_l - y'_l) in channel c
 
-Adding the shift to the layer's bias makes its output right on average: empirical bias correction (Nagel et al. 2019,
+The output y_l is that of the layer with its bias, which for a MatMul is the constant that an Add behind it adds.
+Adding the shift to the bias makes the output right on average: empirical bias correction (Nagel et al. 2019,
 "Data-Free Quantization through Weight Equalization and Bias Correction", section 4.2, with measured inputs). Sums and
 means are reduced inside the graph; a few numbers a layer and image batch come back, whatever the tensors' size.
 """
@@ -26,6 +27,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..backends.ort import Session
+from ..passes.weight_writer import added_bias
 from . import model as model_io
 from .types import Progress, silent
 
@@ -92,7 +94,7 @@ def _twin(original: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[str]]
     nodes = {node.name or "": node for node in graph}
     copies = _copy_initializers(quantized.graph, graph)
     copies.update({v: exact[v.name] for v in quantized.graph.inputs})
-    layers = []
+    layers: list[tuple[ir.Node, ir.Node]] = []
     for node in quantized.graph:
         inputs = [None if v is None else copies.get(v, v) for v in node.inputs]
         if node.op_type == "QuantizeLinear" and node.inputs[0] is not None:
@@ -110,14 +112,15 @@ def _twin(original: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[str]]
         )
         copies.update(zip(node.outputs, outputs, strict=True))
         same = nodes.get(node.name or "")
-        if same is not None and _reads_dequantized(node) and same.op_type == node.op_type:
-            layers.append((node.name or "", same.outputs[0], outputs[0]))
+        if same is not None and same.op_type == node.op_type and _reads_dequantized(node) and _is_float(same):
+            layers.append((same, node))
+    judged = [(same, _with_bias(same), copies[_with_bias(node)], _outputs(same)) for same, node in layers]
     graph.outputs.clear()
-    for name, exact_out, twin_out in layers:
-        _append_sums(graph, name, exact_out, twin_out, nodes[name].op_type)
+    for layer in judged:
+        _append_sums(graph, *layer)
     graph.sort()
     RemoveUnusedNodesPass()(twin)
-    return twin, [name for name, _, _ in layers]
+    return twin, [same.name or "" for same, _ in layers]
 
 
 def _copy_initializers(source: ir.Graph, target: ir.Graph) -> dict[ir.Value, ir.Value]:
@@ -139,20 +142,49 @@ def _reads_dequantized(node: ir.Node) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear" and node.op_type != "QuantizeLinear"
 
 
-def _append_sums(graph: ir.Graph, name: str, exact: ir.Value, twin: ir.Value, op: str) -> None:
-    """Append the sums of squares of a tensor and of its error, and the error's mean per image and channel."""
+def _is_float(node: ir.Node) -> bool:
+    """Say whether the node gives numbers that can be off: a Shape may read a dequantized tensor, too."""
+    return node.outputs[0].dtype in (None, ir.DataType.FLOAT) and node.op_type not in ("Shape", "Size")
 
-    def add(op: str, inputs: list[ir.Value], out: str, **attributes: int) -> ir.Value:
-        value = ir.Value(name=out, type=ir.TensorType(ir.DataType.FLOAT))
-        graph.append(ir.node(op, inputs, attributes or None, outputs=[value], name=out))
+
+def _with_bias(node: ir.Node) -> ir.Value:
+    """Return the layer's output; of a MatMul whose bias is added behind it, that sum."""
+    found = added_bias(node)
+    return node.outputs[0] if found is None else found[0].outputs[0]
+
+
+def _append_sums(graph: ir.Graph, node: ir.Node, exact: ir.Value, twin: ir.Value, outputs: int | None) -> None:
+    """Append the sums of squares of a tensor and of its error, and the error's mean per image and channel.
+
+    `outputs`: so many channels lie along the last axis behind others, see `_outputs`.
+    """
+    name = node.name
+
+    def add(op: str, inputs: list[ir.Value], out: str, **attributes: int | list[int]) -> ir.Value:
+        value = ir.Value(name=f"{name}::{out}", type=ir.TensorType(ir.DataType.FLOAT))
+        graph.append(ir.node(op, inputs, attributes or None, outputs=[value], name=value.name))
         return value
 
-    difference = add("Sub", [exact, twin], f"{name}::difference")
+    difference = add("Sub", [exact, twin], "difference")
     for out, value in (("signal", exact), ("error", difference)):
-        total = add("ReduceSumSquare", [value], f"{name}::{out}", keepdims=0)
+        total = add("ReduceSumSquare", [value], out, keepdims=0)
         total.shape = ir.Shape([])
         graph.outputs.append(total)
-    if op in ("Conv", "ConvTranspose"):
-        graph.outputs.append(add("GlobalAveragePool", [difference], f"{name}::shift"))
-    elif op == "Gemm":
-        graph.outputs.append(add("Identity", [difference], f"{name}::shift"))
+    if node.op_type in ("Conv", "ConvTranspose"):
+        graph.outputs.append(add("GlobalAveragePool", [difference], "shift"))
+    elif node.op_type == "Gemm":
+        graph.outputs.append(add("Identity", [difference], "shift"))
+    elif outputs is not None:
+        shape = ir.Value(name=f"{name}::rows", const_value=ir.tensor([0, -1, outputs], dtype=ir.DataType.INT64))
+        graph.register_initializer(shape)
+        rows = add("Reshape", [difference, shape], "of images")
+        columns = add("Transpose", [rows], "channels second", perm=[0, 2, 1])
+        graph.outputs.append(add("GlobalAveragePool", [columns], "shift"))
+
+
+def _outputs(node: ir.Node) -> int | None:
+    """Return the channels of a MatMul that takes a bias; None for other nodes."""
+    shape = node.outputs[0].shape
+    if added_bias(node) is None or shape is None or len(shape) < 2 or not isinstance(shape[-1], int):
+        return None
+    return shape[-1]

@@ -5,16 +5,16 @@ stands a switch,
 
     t' = t,    or round(t),    or op(x, W'),    or round(op(x, W'))
 
-W' being the dequantized weights and biases of the quantized model, round its Q/DQ pair. So the error of any set of
-sources is known without building a model for it. Where a tensor stays float and only some of its readers round it, the
-switch rounds it for all: the one difference to the model that is built.
+W' being the dequantized weights and biases of the quantized model, round its Q/DQ pair. A tensor that its own producer
+does not round is rounded by each of its readers for itself, so there stands a switch in front of each of those as well.
+So the error of any set of sources is known without building a model for it.
 
 A switch is an If whose branch runs only where it is on; off, it costs one copy of the tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,23 +26,34 @@ import onnx_ir as ir
 from ..backends.ort import Session
 from ..passes.placement import output_tensor
 from . import model as model_io
+from .constant_values import evaluate, from_constants
 
 if TYPE_CHECKING:
-    from .units import Wiring
+    from .units import Link, Wiring
 
 _SWITCHES = "edgec::switches"
+
+#: A source, and the QuantizeLinear that says how it rounds; and with the place in the float model that reads it so.
+_Rounding = tuple[int, ir.Node]
+_Reading = tuple[int, ir.Node, tuple[ir.Node, int]]
 
 
 @dataclass(frozen=True)
 class Source:
     """Something that rounds: the weight of a unit (`kind` weight), or a link's tensor (`kind` tensor).
 
-    It is at work as soon as one of `units` runs on integers.
+    It is at work as soon as one of `units` runs on integers, unless `unless` does: a reader need not round by itself
+    what comes rounded.
     """
 
     kind: str
     name: str
     units: tuple[str, ...]
+    unless: str | None = None
+
+    def works(self, units: Collection[str]) -> bool:
+        """Say whether it is at work when these units, and no others, run on integers."""
+        return self.unless not in units and any(unit in units for unit in self.units)
 
 
 class Switchboard:
@@ -66,7 +77,7 @@ class Switchboard:
     def indices(self, units: Iterable[str]) -> list[int]:
         """Return the sources at work when these units run on integers."""
         chosen = set(units)
-        return [i for i, source in enumerate(self.sources) if not chosen.isdisjoint(source.units)]
+        return [i for i, source in enumerate(self.sources) if source.works(chosen)]
 
 
 class _Board:
@@ -83,10 +94,14 @@ class _Board:
         self.quantized, self.wiring = quantized, wiring
         self.sources: list[Source] = []
         self.switches = ir.Value(name=_SWITCHES, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(["sources"]))
-        weights, roundings = self._weights(), self._roundings()
+        weights, (roundings, readings) = self._weights(), self._roundings()
         outputs = list(self.graph.outputs)
-        targets = [v for v in self.values.values() if v in weights or v in roundings]
-        replaced = {value: self._switch(value, weights.get(value), roundings.get(value)) for value in targets}
+        replaced: dict[ir.Value, ir.Value] = {}
+        for value in list(self.values.values()):  # in the graph's order: what is computed again reads what is switched
+            if value in weights or value in roundings:
+                replaced[value] = self._switch(value, weights.get(value), roundings.get(value))
+            for reading in readings.get(value, ()):
+                self._switch_input(reading, value)
         for i, value in enumerate(outputs):
             if value in replaced:  # the name stays with the output
                 new, name = replaced[value], value.name
@@ -103,10 +118,10 @@ class _Board:
         names = {unit.name for unit in self.wiring.units}
         found = []
         for node in self.quantized.graph:
-            if node.name in names and any(v is not None and _from_constants(v) for v in node.inputs):
+            if node.name in names and any(v is not None and from_constants(v) for v in node.inputs):
                 found.append(node)
-        constants = _evaluate(
-            self.quantized, [v for n in found for v in n.inputs if v is not None and _from_constants(v)]
+        constants = evaluate(
+            self.quantized, [v for n in found for v in n.inputs if v is not None and from_constants(v)]
         )
         weights = {}
         for node in found:
@@ -116,22 +131,41 @@ class _Board:
             self.sources.append(Source("weight", node.name or "", (node.name or "",)))
         return weights
 
-    def _roundings(self) -> dict[ir.Value, tuple[int, ir.Node]]:
-        """Map each tensor that goes into QuantizeLinear to (source, that node); moved forms share a link's source."""
+    def _roundings(self) -> tuple[dict[ir.Value, _Rounding], dict[ir.Value, list[_Reading]]]:
+        """Map tensors to how they are rounded for all, and to how some readers round them for themselves.
+
+        Moved forms of a tensor share its sources.
+        """
         links = {link.tensor: link for link in self.wiring.links}
-        numbers: dict[str, int] = {}
-        found = {}
+        found: dict[str, list[tuple[ir.Value, ir.Node]]] = {}
         for node in self.quantized.graph:
             source = node.inputs[0]
-            if node.op_type != "QuantizeLinear" or source is None or _from_constants(source):
-                continue
-            value = self._original(source)
-            link = links[self.wiring.link_of[value.name or ""]]
-            if link.tensor not in numbers:
-                numbers[link.tensor] = len(self.sources)
-                self.sources.append(Source("tensor", link.tensor, link.rounded_by))
-            found[value] = (numbers[link.tensor], node)
-        return found
+            if node.op_type == "QuantizeLinear" and source is not None and not from_constants(source):
+                value = self._original(source)
+                found.setdefault(self.wiring.link_of[value.name or ""], []).append((value, node))
+        whole: dict[ir.Value, _Rounding] = {}
+        readings: dict[ir.Value, list[_Reading]] = {}
+        for tensor, places in found.items():
+            link = links[tensor]
+            for_all, alone = _shares(link)
+            if for_all:
+                whole |= {value: (len(self.sources), node) for value, node in places}
+                self.sources.append(Source("tensor", tensor, for_all))
+            for reader in alone:
+                for value, use in self._uses(tensor, reader):
+                    quantize = next((node for place, node in places if place is value), places[0][1])
+                    readings.setdefault(value, []).append((len(self.sources), quantize, use))
+                self.sources.append(Source("tensor", tensor, (reader,), link.producer if for_all else None))
+        return whole, readings
+
+    def _uses(self, tensor: str, reader: str) -> list[tuple[ir.Value, tuple[ir.Node, int]]]:
+        """Return where a unit reads a link: the tensor itself, or a moved form of it."""
+        node = self.nodes[reader]
+        return [
+            (value, (node, i))
+            for i, value in enumerate(node.inputs)
+            if value is not None and self.wiring.link_of.get(value.name or "") == tensor
+        ]
 
     def _original(self, value: ir.Value) -> ir.Value:
         """Return the float model's tensor: that of the same node, whatever the quantized one calls its output."""
@@ -147,32 +181,43 @@ class _Board:
         self,
         value: ir.Value,
         weight: tuple[int, ir.Node, list[np.ndarray | None]] | None,
-        rounding: tuple[int, ir.Node] | None,
+        rounding: _Rounding | None,
     ) -> ir.Value:
         """Put an If behind the tensor that computes its other forms only where a switch is on."""
-        uses = tuple(value.uses())
+        uses, name = tuple(value.uses()), value.name or ""
         stages: list[tuple[ir.Value, list[ir.Node]]] = []
         conditions: list[ir.Value] = []
         if weight is not None:
-            conditions.append(self._condition(weight[0], value))
-            stages.append(_if(conditions[-1], self._reweighted(weight, value), value, value, f"{value.name}::weight"))
+            conditions.append(self._condition(weight[0], name))
+            stages.append(_if(conditions[-1], self._reweighted(weight, value), value, value, f"{name}::weight"))
         if rounding is not None:
-            conditions.append(self._condition(rounding[0], value))
+            conditions.append(self._condition(rounding[0], name))
             before = stages[-1][0] if stages else value
-            stages.append(_if(conditions[-1], self._rounded(rounding, before), before, value, f"{value.name}::tensor"))
+            stages.append(
+                _if(conditions[-1], self._rounded(rounding[1], before, name), before, value, f"{name}::tensor")
+            )
         current, nodes = stages[-1][0], [node for _, part in stages for node in part]
         if len(stages) == 2:  # one test, and one copy, where neither is on
-            either = ir.Value(name=f"{value.name}::either", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+            either = ir.Value(name=f"{name}::either", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
             self.graph.append(ir.node("Or", conditions, outputs=[either], name=f"{either.name}"))
-            current, nodes = _if(either, (nodes, current), value, value, f"{value.name}::switched")
+            current, nodes = _if(either, (nodes, current), value, value, f"{name}::switched")
         self.graph.extend(nodes)
         for node, i in uses:
             node.replace_input_with(i, current)
         return current
 
-    def _condition(self, source: int, value: ir.Value) -> ir.Value:
-        index = self._constant(np.array(source, dtype=np.int64), f"{value.name}::index{source}")
-        out = ir.Value(name=f"{value.name}::on{source}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    def _switch_input(self, reading: _Reading, value: ir.Value) -> None:
+        """Put an If in front of one input of one node."""
+        source, quantize, (node, i) = reading
+        before, name = node.inputs[i], f"{value.name}::{node.name}::{i}"
+        assert before is not None
+        switched, nodes = _if(self._condition(source, name), self._rounded(quantize, before, name), before, value, name)
+        self.graph.extend(nodes)
+        node.replace_input_with(i, switched)
+
+    def _condition(self, source: int, name: str) -> ir.Value:
+        index = self._constant(np.array(source, dtype=np.int64), f"{name}::index{source}")
+        out = ir.Value(name=f"{name}::on{source}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
         self.graph.append(ir.node("Gather", [self.switches, index], {"axis": 0}, outputs=[out], name=out.name))
         return out
 
@@ -192,17 +237,16 @@ class _Board:
             nodes.append(_again(follower.domain, follower.op_type, rest, follower, f"{follower.name}::again"))
         return nodes, nodes[-1].outputs[0]
 
-    def _rounded(self, part: tuple[int, ir.Node], value: ir.Value) -> _Branch:
-        _, quantize = part
+    def _rounded(self, quantize: ir.Node, value: ir.Value, name: str) -> _Branch:
         scales: list[ir.Value | None] = []
         for i, constant in enumerate(quantize.inputs[1:]):
             if constant is None:
                 scales.append(None)
                 continue
             assert constant.const_value is not None
-            scales.append(self._constant(constant.const_value.numpy(), f"{value.name}::scale{i}"))
-        to = _again(quantize.domain, "QuantizeLinear", [value, *scales], quantize, f"{value.name}::quantize")
-        back = _again(quantize.domain, "DequantizeLinear", [to.outputs[0], *scales], None, f"{value.name}::dequantize")
+            scales.append(self._constant(constant.const_value.numpy(), f"{name}::scale{i}"))
+        to = _again(quantize.domain, "QuantizeLinear", [value, *scales], quantize, f"{name}::quantize")
+        back = _again(quantize.domain, "DequantizeLinear", [to.outputs[0], *scales], None, f"{name}::dequantize")
         return [to, back], back.outputs[0]
 
     def _constant(self, array: np.ndarray, name: str) -> ir.Value:
@@ -213,6 +257,14 @@ class _Board:
 
 
 _Branch = tuple[list[ir.Node], ir.Value]
+
+
+def _shares(link: Link) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the units that round a link's tensor for all who read it, and those that do so for themselves alone."""
+    readers = tuple(unit for unit in link.rounded_by if unit != link.producer)
+    if len(link.readers) == 1:  # the same, whoever rounds it
+        return link.rounded_by, ()
+    return tuple(unit for unit in link.rounded_by if unit == link.producer), readers
 
 
 def _again(domain: str, op: str, inputs: Sequence[ir.Value | None], like: ir.Node | None, name: str) -> ir.Node:
@@ -236,34 +288,3 @@ def _if(
     }
     attributes = [ir.AttrGraph(key, graph) for key, graph in branches.items()]
     return out, [ir.Node("", "If", [condition], attributes, outputs=[out], name=name)]
-
-
-def _from_constants(value: ir.Value) -> bool:
-    """Say whether a tensor comes from initializers alone."""
-    if value.const_value is not None:
-        return not value.is_graph_input()
-    node = value.producer()
-    return node is not None and bool(node.inputs) and all(v is None or _from_constants(v) for v in node.inputs)
-
-
-def _evaluate(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, np.ndarray]:
-    """Return what constant tensors of the graph hold; those behind DequantizeLinear as ONNX Runtime computes them."""
-    found = {v.name or "": v.const_value.numpy() for v in values if v.const_value is not None}
-    names = {v.name or "" for v in values} - found.keys()
-    if not names:
-        return found
-    part = model_io.copy(model)
-    outputs = [v for node in part.graph for v in node.outputs if v.name in names]
-    part.graph.outputs.clear()
-    part.graph.outputs.extend(outputs)
-    needed: set[ir.Node] = set()
-    todo = [v.producer() for v in outputs]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in needed:
-            needed.add(node)
-            todo += [v.producer() for v in node.inputs if v is not None]
-    part.graph.remove([node for node in part.graph if node not in needed])  # also what subgraphs read
-    part.graph.inputs.clear()
-    with TemporaryDirectory() as folder:
-        return found | Session(model_io.session_source(part, Path(folder)), optimise=False).run({})

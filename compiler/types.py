@@ -400,7 +400,8 @@ class Attempt:
     """One candidate that was built and judged on the way to the result: a row of the report's table.
 
     `predicted_ms` and `predicted_db` (output SQNR) are what mixed precision's models foretold, None where nothing was;
-    `calibration_db` is the SQNR on calibration images that `predicted_db` is to be compared with.
+    `calibration_db` is the SQNR on calibration images that `predicted_db` is to be compared with. `integer_macs` is the
+    share of multiply-accumulates on integers, None where nothing was predicted.
     """
 
     name: str
@@ -413,6 +414,7 @@ class Attempt:
     predicted_ms: float | None = None
     predicted_db: float | None = None
     calibration_db: float | None = None
+    integer_macs: float | None = None
 
 
 @dataclass(frozen=True)

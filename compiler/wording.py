@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 from . import job as jobs
 from .report import text
+from .settings import not_tried
 from .types import Attempt
 
 if TYPE_CHECKING:
     from .job import Job
-
-_NO_CALIBRATION = (
-    "without calibration images only exact passes ran; --calib FOLDER with a few hundred images allows fewer bits"
-)
 
 
 def warnings(job: Job, precision: str) -> tuple[str, ...]:
@@ -57,7 +54,7 @@ def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:
     tried = [a for a in attempts if a.precision != attempts[0].precision]
     if attempt.precision == attempts[0].precision and tried:
         advice.append(f"{text.precision(tried[0].name)} was tried and not taken: {tried[0].verdict}")
-    advice += _not_tried(job)
+    advice += not_tried(job, [a.precision for a in attempts], [a.size_bytes for a in tried])
     m = attempt.measurement
     if attempt.precision != attempts[0].precision and m.speedup is not None and m.speedup < 1:
         asked, base = text.precision(attempt.precision), text.precision(attempts[0].precision)
@@ -65,13 +62,3 @@ def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:
     if job.target is None:
         advice.append(f"on the device: edgec bench BUNDLE measures it there ({job.not_measured})")
     return tuple(advice)
-
-
-def _not_tried(job: Job) -> list[str]:
-    """Return why auto had nothing to try."""
-    if job.options.precision != "auto":
-        return []
-    scheme = job.backend.schemes(job.profile)["int8"]
-    if isinstance(scheme, str):
-        return [scheme]
-    return [_NO_CALIBRATION] if job.images is None and job.options.ranges is None else []

@@ -13,6 +13,13 @@ Forms (W a weight, q its integers, s its scales)
 
 Scales lie along the output channels; blocks along the input channels of Gemm and MatMul. A weight that its block does
 not divide, and every Conv, gets a scale per output channel.
+
+A MatMul has no bias of its own. Where an Add of a constant c alone reads it, that is one, and a shift d of the layer's
+output (one number per output channel: the last axis) goes there, whatever the shape of c:
+
+    (x W + d) + c = x W + (c + d)
+
+The Add gets a constant of its own, so other readers of c keep theirs.
 """
 
 from __future__ import annotations
@@ -78,6 +85,24 @@ def input_axis(node: ir.Node, rank: int) -> int:
     return 1 if transposed else rank - 2
 
 
+def added_bias(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """Return the Add of a constant that alone reads a MatMul, and which of its inputs is that constant; else None."""
+    uses = tuple(node.outputs[0].uses())
+    if node.op_type != "MatMul" or len(uses) != 1 or node.outputs[0].is_graph_output():
+        return None
+    add, index = uses[0].node, 1 - uses[0].idx
+    if add.op_type != "Add" or add.domain not in ("", "ai.onnx") or add.graph is not node.graph:
+        return None
+    constant = add.inputs[index]
+    fixed = constant is not None and constant.const_value is not None and not constant.is_graph_input()
+    return (add, index) if fixed else None
+
+
+def takes_shift(node: ir.Node) -> bool:
+    """Say whether a linear node's output can be shifted, per channel, by a bias that it has or may be given."""
+    return node.op_type != "MatMul" or added_bias(node) is not None
+
+
 def round_to_nearest(
     weight: np.ndarray, kind: WeightFormat, bias: np.ndarray | None = None, input_scale: float = 1.0
 ) -> StoredWeight:
@@ -131,7 +156,11 @@ class WeightWriter:
         """Replace weight and bias of a linear node; `input_scale` is None where its input stays in float."""
         value = node.inputs[1]
         assert value is not None
-        bias = self._float_bias(node)
+        bias = None
+        if node.op_type == "MatMul":
+            self._shift_added_bias(node)
+        else:
+            bias = self._float_bias(node)
         given = self.given.get(node.name or "")
         kind = weight_format(node, _array(value).shape, self.scheme, self.types.get(node.name or ""))
         block = kind.block if given is None else given.block
@@ -164,6 +193,18 @@ class WeightWriter:
         if shift is None:
             return bias
         return shift.astype(np.float64) + (0.0 if bias is None else bias)
+
+    def _shift_added_bias(self, node: ir.Node) -> None:
+        """Add a MatMul's correction to the constant that an Add behind it adds; nothing to do without either."""
+        shift, found = self.bias_shift.get(node.name or ""), added_bias(node)
+        if shift is None or found is None:
+            return
+        add, index = found
+        old = add.inputs[index]
+        assert old is not None
+        array = _array(old)
+        new = (array.astype(np.float64) + shift).astype(array.dtype)
+        add.replace_input_with(index, self.build.constant(f"{old.name}_shifted", new))
 
     def _bias(self, name: str, bias: np.ndarray, stored: StoredWeight, input_scale: float | None) -> ir.Value:
         if input_scale is None:

@@ -237,7 +237,7 @@ def test_steps_can_be_left_out_and_unknown_ones_are_refused(tiny, tmp_path, edge
     done = edgec(*args, "--without", "equalise")
     assert done.returncode == 2
     assert "'equalise'" in done.stderr and "bias-correction" in done.stderr
-    lean = "smooth,equalize,bias-correction,mixed-precision"
+    lean = "smooth,equalize,bias-correction,rounding,mixed-precision"
     report = document(edgec(*args, "--without", lean, "--time-budget", "2min", "--json"))
     assert [step["name"] for step in report["steps"]] == ["ranges"]
     assert edgec(*args, "--time-budget", "soon").returncode == 2

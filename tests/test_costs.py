@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from edgec.backends import ort as ort_backend
-from edgec.compiler import costs as costs_module
 from edgec.compiler import model as model_io
-from edgec.compiler.costs import Costs, Kernel, Sample, by_link, fit, measure, mixed, profile
+from edgec.compiler.costs import Costs, Sample, by_link, fit, measure, mixed
+from edgec.compiler.kernel_times import Kernel, profile, undisturbed
 from edgec.compiler.quantizer import Quantizer
 from edgec.compiler.units import wire
 from edgec.passes.placement import place
@@ -168,4 +168,4 @@ def test_a_real_model_is_measured(network):
 
 def test_the_undisturbed_time_ignores_interruptions():
     times = [10.0] * 40 + [500.0] * 60
-    assert costs_module._undisturbed(times) == 10.0
+    assert undisturbed(times) == 10.0

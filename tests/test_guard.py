@@ -184,3 +184,56 @@ def test_where_nothing_could_be_made_of_what_was_asked_for_that_is_said():
     (only,) = choose([FP32], Budget(), named="int8")
     assert only.chosen and only.verdict == "only exact passes ran"
     assert choose([FP32], Budget(), named="fp32")[0].verdict == "asked for"
+
+
+# ------------------------------------------------------------------------------------------ stated budgets
+
+
+def test_a_stated_latency_is_fast_enough_and_the_rest_goes_to_quality():
+    attempts = [FP32, int8("plain", 2.0, 30.0), int8("mixed", 1.6, 35.0), int8("slow", 1.2, 40.0)]
+    limit = Budget(max_latency_ms=0.7)  # slow takes 0.83
+    assert chosen(attempts, limit) == chosen(attempts, limit, named="int8") == "mixed"
+    found = choose(attempts, limit, named=None)
+    assert found[2].verdict == "the closest to the original inside the budget"
+    assert chosen(attempts) == "plain", "where none is stated the fastest"
+    assert chosen([FP32, int8("plain", 1.01, 30.0)], Budget(max_latency_ms=2.0)) == "fp32", "never slower than FP32"
+
+
+def test_a_size_that_float_misses_is_held_even_if_that_is_slower():
+    small = [int8("a", 0.9, 30.0), int8("b", 0.89, 33.0), int8("c", 0.7, 40.0)]
+    attempts = [attempt("fp32", "fp32", size=4000), *small]
+    assert chosen(attempts, Budget(max_size_bytes=2000)) == "b"
+
+
+def test_unmeasured_takes_the_closest_of_those_with_most_work_on_integers():
+    none = Measurement("x", "none", None, reason="not here")
+
+    def one(name, precision, share, db, drop=0.0):
+        made = attempt(name, precision, drop=drop, db=(db,))
+        return replace(made, measurement=none, integer_macs=share)
+
+    attempts = [one("fp32", "fp32", None, 100.0), one("w4a8", "w4a8", 1.0, 20.0), one("two wide", "w4a8", 1.0, 22.0)]
+    assert chosen(attempts, named="w4a8") == "two wide"
+    points = [one("half", "int8", 0.5, 50.0), one("most", "int8", 0.9, 40.0), one("plain", "int8", 1.0, 30.0, drop=3.0)]
+    for named in (None, "int8"):
+        assert chosen([attempts[0], *points], named=named) == "most"
+    assert chosen([attempts[0], *points, one("fp16", "fp16", None, 80.0)]) == "most", "the first setting that holds"
+
+
+def test_a_stated_size_holds_although_the_default_drop_does_not():
+    large = replace(int8("large", 2.0, 30.0, drop=3.0), size_bytes=900)
+    small = [replace(int8(n, s, db, drop=5.0), size_bytes=400) for n, s, db in (("a", 1.5, 20.0), ("b", 1.1, 25.0))]
+    attempts = [FP32, large, *small]
+    assert chosen(attempts, Budget(max_size_bytes=500), named="int8") == "b", "the closest that holds what was stated"
+    assert chosen(attempts, named="int8") == "large"
+
+
+def test_where_nothing_holds_a_stated_drop_the_least_is_the_best_attempt():
+    attempts = [
+        FP32,
+        int8("plain", 2.0, 30.0, drop=8.0),
+        int8("a", 1.9, 28.0, drop=3.0),
+        int8("b", 1.2, 29.0, drop=5.0),
+    ]
+    assert chosen(attempts, Budget(1.0, drop_stated=True), named="int8") == "a"
+    assert chosen(attempts, Budget(1.0), named="int8") == "plain", "not stated: it is what was asked for"

@@ -7,7 +7,8 @@ import pytest
 from edgec.compiler.contributions import Contributions
 from edgec.compiler.costs import Costs
 from edgec.compiler.errors import BudgetError
-from edgec.compiler.mixed import FLOAT, INTEGER, Need, Problem, Term, frontier, mixed_problem, refine, solve
+from edgec.compiler.mixed import FLOAT, INTEGER, NARROW, Need, Problem, Term, mixed_problem
+from edgec.compiler.program import frontier, refine, solve
 from edgec.compiler.switchboard import Source
 from edgec.compiler.units import Link, Unit, Wiring
 
@@ -117,6 +118,7 @@ def test_an_end_of_the_frontier_may_cost_nothing():
     assert [a.predicted for a in found] == [{"ms": 1.0, "error": 0.1}, {"ms": 2.0, "error": 0.0}]
 
 
+BOTH = (FLOAT, INTEGER)
 WIRING = Wiring(
     (
         Unit("a", "linear", ("a",)),
@@ -144,7 +146,9 @@ def test_the_programs_amounts_are_those_of_the_two_models(seed):
     sources = [Source("tensor", link.tensor, link.rounded_by) for link in WIRING.links]
     sources += [Source("weight", name, (name,)) for name in "abc"]
     contributions = Contributions(tuple(sources), rng.uniform(0, 1, len(sources)), 0.8, 0.0, 1.0, {}, 8)
-    problem = mixed_problem(WIRING, costs, contributions, {"bytes": {name: (4.0, 1.0) for name in "abc"}})
+    problem = mixed_problem(
+        WIRING, costs, contributions, {"bytes": {name: {FLOAT: 4.0, INTEGER: 1.0} for name in "abc"}}
+    )
     allowed = 0
     for picked in itertools.product((FLOAT, INTEGER), repeat=4):
         choice = dict(zip("absc", picked, strict=True))
@@ -157,3 +161,75 @@ def test_the_programs_amounts_are_those_of_the_two_models(seed):
             assert contributions.expected(amounts["error"]) == pytest.approx(contributions.predict(on))
             assert amounts["bytes"] == 12 - 3 * len(on & set("abc"))
     assert allowed == 8 + 3, "the Add joins only where its reader and an input are on integers"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_three_precisions_against_all_choices(seed):
+    """Layers may have weights of 4 bits: the least error within a size and a latency is what trying all finds."""
+    rng = np.random.default_rng(seed)
+    tensors = [*(link.tensor for link in WIRING.links), "softmax"]
+    costs = Costs(*({t: float(rng.uniform(0, 1)) for t in tensors} for _ in range(4)))
+    sources = [Source("tensor", link.tensor, link.rounded_by) for link in WIRING.links]
+    sources += [Source("weight", name, (name,)) for name in "abc"]
+    contributions = Contributions(tuple(sources), rng.uniform(0, 1, len(sources)), 0.0, 0.0, 1.0, {}, 8)
+    narrow = {name: float(rng.uniform(1, 3)) for name in "abc"}
+    numbers = {name: float(rng.integers(10, 100)) for name in "abc"}
+    size = {name: {FLOAT: 4 * n, INTEGER: n, NARROW: n / 2} for name, n in numbers.items()}
+    problem = mixed_problem(WIRING, costs, contributions, {"bytes": size}, narrow=narrow)
+    assert problem.choices == {"a": (*BOTH, NARROW), "b": (*BOTH, NARROW), "s": BOTH, "c": (*BOTH, NARROW)}
+    alone = dict(zip(((s.kind, s.name) for s in sources), contributions.alone, strict=True))
+    every = list(everything(problem))
+    for choice, amounts in every:
+        on = {name for name, precision in choice.items() if precision != FLOAT}
+        assert amounts["ms"] == pytest.approx(costs.predict(WIRING, on)), "4 bits take the time of 8"
+        rounded = sum(alone["tensor", link.tensor] for link in WIRING.links if not on.isdisjoint(link.rounded_by))
+        weights = sum(narrow[u] if choice[u] == NARROW else alone["weight", u] for u in on & set("abc"))
+        assert amounts.get("error", 0.0) == pytest.approx(rounded + weights)
+        assert amounts["bytes"] == pytest.approx(sum(size[u][choice[u]] for u in "abc"))
+    small = np.quantile([a["bytes"] for _, a in every], 0.3)
+    fast = np.median([a["ms"] for _, a in every if a["bytes"] <= small])
+    limits = {"bytes": small * (1 + 1e-6), "ms": fast * (1 + 1e-6)}
+    within = [a["error"] for _, a in every if all(a[m] <= limit for m, limit in limits.items())]
+    found = solve(problem, "error", limits)
+    assert found.predicted["error"] == pytest.approx(min(within), rel=1e-4)  # HiGHS's gap
+    assert NARROW in found.precision.values(), "so small a file needs them"
+
+
+def test_without_floats_every_unit_runs_on_integers():
+    nothing = {link.tensor: 0.0 for link in WIRING.links}
+    contributions = Contributions((), np.zeros(0), 0.0, 0.0, 0.0, {}, 1)
+    wide = {"wide": {name: {INTEGER: 1.0} for name in "abc"}}
+    problem = mixed_problem(
+        WIRING, Costs(nothing, nothing, nothing, nothing), contributions, wide,
+        narrow={"a": 3.0, "b": 1.0, "c": 2.0}, floats=False,
+    )  # fmt: skip
+    assert problem.choices == {**dict.fromkeys("abc", (INTEGER, NARROW)), "s": (INTEGER,)}
+    found = solve(problem, "error", {"wide": 2})
+    assert found.precision == {"a": INTEGER, "b": NARROW, "c": INTEGER, "s": INTEGER}, "the two that lose most"
+
+
+def test_bisection_does_not_go_the_wrong_way_where_nothing_is_predicted_to_hold():
+    """The limit is half of what the fastest choice takes: that one is measured, and nothing slower."""
+    problem = instance(2)
+    least = min(a["ms"] for _, a in everything(problem))
+    best, tried = refine(problem, "error", "ms", least / 2, lambda one: one.predicted["ms"])
+    assert best is None
+    assert [value for _, value in tried] == [pytest.approx(least, rel=1e-4)]
+    pleased, _ = refine(problem, "error", "ms", least / 2, lambda one: one.predicted["ms"] / 3)
+    assert pleased is not None, "the prediction may err the other way"
+
+
+def test_bisection_starts_where_it_is_told_and_ends_when_there_is_no_more_to_have():
+    problem = instance(3)
+    seen = []
+
+    def measured(one):
+        seen.append(one.predicted["ms"])
+        return one.predicted["ms"]
+
+    most = max(a["ms"] for _, a in everything(problem))
+    refine(problem, "error", "ms", 1.5 * most, measured, start=0.5 * most, rounds=12)
+    assert seen[0] <= 0.5 * most * (1 + 1e-6)
+    best = min(a["error"] for _, a in everything(problem))
+    assert problem.amounts(solve(problem, "error").precision)["error"] == pytest.approx(best, rel=1e-4)
+    assert len(seen) < 12

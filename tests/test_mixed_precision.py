@@ -6,10 +6,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from edgec.backends import ort
-from edgec.compiler import contributions, costs, mixed_precision
-from edgec.compiler.mixed_precision import LEAST_INTEGER, explore
+from edgec.compiler import contributions, costs, memory, mixed_precision
+from edgec.compiler import model as model_io
+from edgec.compiler.mixed import FLOAT, INTEGER, NARROW
+from edgec.compiler.mixed_precision import LEAST_INTEGER, Narrow, explore, unit_bytes, weigh
 from edgec.compiler.quantizer import Quantizer
 from edgec.compiler.types import Range, silent
+from edgec.passes.raise_opset import RaiseOpset
 from test_quantize import VNNI, build, ranges_of, run, sqnr
 from test_quantizer import Images
 
@@ -31,6 +34,12 @@ g (float[N, 8, 6, 6] x) => (float[N, 5] y) {
 }
 """
 MACS = {"Conv_0": 64 * 36, "Conv_2": 576 * 36, "Conv_5": 256 * 36, "Conv_7": 128 * 36, "Gemm_11": 80}
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch, tmp_path):
+    """Each test measures for itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +114,12 @@ def test_predictions_hold_when_the_models_are_built(found, quantizer, net, image
     for point in (found.plain, *found.points):
         measured = sqnr(exact, run(quantizer.build(point.keep_float).model, images.feed)[0])
         assert point.db == pytest.approx(measured, abs=3)
-    assert 0 <= found.contributions.misfit_db < 3
-    assert found.images == 4
+    assert 0 <= found.tradeoff.errors.misfit_db < 3
+    assert found.tradeoff.errors.images == 4
 
 
 def test_without_a_target_nothing_is_said_of_time(found):
-    assert found.latency_misfit is None
+    assert found.tradeoff.misfit is None
     assert {point.speedup for point in (found.plain, *found.points)} == {None}
 
 
@@ -119,7 +128,7 @@ def test_latencies_are_measured_where_there_is_an_input_to_time(quantizer, image
     monkeypatch.setattr(mixed_precision, "_MIXTURES", 2)
     one = {"x": images.feed["x"][:1]}
     timed = explore(quantizer, images, one, threads=1, reach=None, progress=silent)
-    assert timed.plain.speedup > 0 and timed.latency_misfit >= 0
+    assert timed.plain.speedup > 0 and timed.tradeoff.misfit >= 0
     speedups = [p.speedup for p in timed.points]
     assert speedups == sorted(speedups, reverse=True), "from the fastest to the closest"
     assert [p.db for p in timed.points] == sorted(p.db for p in timed.points)
@@ -177,7 +186,7 @@ def test_where_there_is_nothing_to_choose_there_is_no_frontier(quantizer, images
 
 def test_no_time_still_gives_a_frontier(quantizer, images):
     one = explore(quantizer, images, None, threads=1, seconds=0.0, progress=silent)
-    assert one.images == 4 and one.points, "one batch is always finished"
+    assert one.tradeoff.errors.images == 4 and one.points, "one batch is always finished"
 
 
 def test_few_images_of_many_numbers_or_much_work_and_more_of_few(quantizer, images):
@@ -214,3 +223,156 @@ def test_the_same_seed_gives_the_same_frontier(quantizer, images, found, monkeyp
     monkeypatch.setattr(contributions, "measure", lambda *a, **k: seen.append(k["seed"]) or measure(*a, **k))
     explore(quantizer, images, None, threads=1, seed=7, progress=silent)
     assert seen == [7]
+
+
+# ------------------------------------------------------------------------------------------ kept measurements
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Count the runs of switchboards; a number in `stop` ends the next search with Ctrl-C after so many."""
+
+    class Runs:
+        count = 0
+        stop = None
+
+    seen, run_board = Runs(), mixed_precision.Switchboard.run
+
+    def counted(board, feed, active):
+        seen.count += 1
+        if seen.stop is not None and seen.count > seen.stop:
+            raise KeyboardInterrupt
+        return run_board(board, feed, active)
+
+    monkeypatch.setattr(mixed_precision.Switchboard, "run", counted)
+    return seen
+
+
+def test_the_second_search_measures_nothing_and_finds_the_same(quantizer, images, found, runs):
+    first = explore(quantizer, images, None, threads=1, progress=silent)
+    assert not first.tradeoff.cached
+    runs.count = 0
+    second = explore(quantizer, images, None, threads=1, progress=silent)
+    assert second.tradeoff.cached
+    assert runs.count == 1, "the float model, once a batch"
+    assert second.points == first.points == found.points
+    np.testing.assert_array_equal(second.tradeoff.errors.alone, first.tradeoff.errors.alone)
+
+
+def test_a_search_that_is_interrupted_goes_on_where_it_was(quantizer, images, runs, monkeypatch, tmp_path):
+    """Ctrl-C between two sources keeps those before it, and what comes out is what would have come out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    whole = explore(quantizer, images, None, threads=1, progress=silent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    every, runs.count, runs.stop = runs.count, 0, 8
+    with pytest.raises(KeyboardInterrupt):
+        explore(quantizer, images, None, threads=1, progress=silent)
+    runs.count, runs.stop = 0, None
+    resumed = explore(quantizer, images, None, threads=1, progress=silent)
+    assert runs.count == every - 7, "the float model's was one of the eight"
+    assert resumed.points == whole.points and not resumed.tradeoff.cached
+    np.testing.assert_array_equal(resumed.tradeoff.errors.alone, whole.tradeoff.errors.alone)
+
+
+def test_other_images_ranges_or_weights_are_measured_anew(quantizer, images, runs):
+    explore(quantizer, images, None, threads=1, progress=silent)
+    others = Images({"x": images.feed["x"] + 1})
+    coarse = replace(quantizer, ranges={**quantizer.ranges, "a": Range(0.0, 100.0)})
+    for one, some in ((quantizer, others), (coarse, images)):
+        assert not explore(one, some, None, threads=1, progress=silent).tradeoff.cached
+
+
+def test_latencies_are_kept_for_this_machine_and_these_threads(quantizer, images, monkeypatch):
+    asked = []
+
+    def priced(build, wiring, feed, **options):
+        asked.append(options["threads"])
+        return Priced(1.05)(build, wiring, feed)
+
+    monkeypatch.setattr(costs, "measure", priced)
+    for threads in (1, 1, 2):
+        explore(quantizer, images, images.feed, threads=threads, progress=silent)
+    assert asked == [1, 2]
+    monkeypatch.setattr(memory.platform, "node", lambda: "another machine")
+    explore(quantizer, images, images.feed, threads=1, progress=silent)
+    assert asked == [1, 2, 1]
+
+
+def test_latencies_that_did_not_fit_are_not_believed_twice(quantizer, images, monkeypatch):
+    asked = []
+
+    def busy(build, wiring, feed, **options):
+        asked.append(1)
+        return replace(Priced(1.05)(build, wiring, feed), misfit=0.2)
+
+    monkeypatch.setattr(costs, "measure", busy)
+    for _ in range(2):
+        explore(quantizer, images, images.feed, threads=1, progress=silent)
+    assert len(asked) == 2
+
+
+# ------------------------------------------------------------------------------------------ sizes and 4 bits
+
+
+SIZES = {FLOAT: 9000.0, INTEGER: 4000.0, NARROW: 3000.0}
+
+
+def test_uniform_choices_are_as_large_as_their_files(quantizer, images):
+    one = weigh(quantizer, images, None, threads=1, sizes={k: SIZES[k] for k in (FLOAT, INTEGER)}, progress=silent)
+    for precision in (FLOAT, INTEGER):
+        assert one.uniform(precision).predicted["bytes"] == pytest.approx(SIZES[precision], rel=1e-9)
+    weights = {"Conv_0": 64, "Conv_2": 576, "Conv_5": 256, "Conv_7": 128, "Gemm_11": 80}
+    found = unit_bytes(quantizer.model, one.wiring, SIZES)
+    for name in ("Conv_0", "Conv_2"):
+        assert found[name][FLOAT] - found["Conv_5"][FLOAT] == pytest.approx(4 * (weights[name] - 256))
+        assert found[name][NARROW] - found["Conv_5"][NARROW] == pytest.approx((weights[name] - 256) / 2)
+
+
+def test_a_size_is_a_limit_of_the_program(quantizer, images):
+    one = weigh(quantizer, images, None, threads=1, sizes={k: SIZES[k] for k in (FLOAT, INTEGER)}, progress=silent)
+    free, tight = one.closest(), one.closest({"bytes": 4500.0})
+    assert free.predicted["bytes"] > 4500 >= tight.predicted["bytes"]
+    assert tight.predicted["error"] > free.predicted["error"]
+    assert [a.predicted["bytes"] <= 4500 for a in one.frontier({"bytes": 4500.0})].count(False) == 0
+
+
+def test_a_latency_is_a_limit_of_the_program_and_takes_the_place_of_the_reach(quantizer, images, monkeypatch):
+    """Seven units of 1 ms on integers and 2 ms in float: 9 ms are two in float."""
+    monkeypatch.setattr(costs, "measure", Priced(2.0))
+    one = weigh(quantizer, images, images.feed, threads=1, progress=silent)
+    assert one.float_ms == pytest.approx(14)
+    assert one.ms_for(4.5, 7.0) == pytest.approx(9), "on a day when the float model takes half as long"
+    points = [one.point(a) for a in one.frontier({"ms": 9.0})]
+    assert max(len(p.keep_float) for p in points) == 2
+    assert max(14 / p.speedup for p in points) == pytest.approx(9)
+
+
+def test_weights_of_four_bits_are_a_third_choice(quantizer, images):
+    narrow = replace(
+        quantizer, scheme=replace(VNNI, weight="int4", weight_max=7, cast_weights=True), model=raised(quantizer)
+    )
+    wide = replace(quantizer, model=narrow.model)
+    found = weigh(wide, images, None, threads=1, narrow=Narrow(narrow), sizes=SIZES, progress=silent)
+    small = found.point(found.closest({"bytes": 3500.0}))
+    assert small.narrow and small.size_bytes <= 3500
+    layers = {n for n, ks in found.problem.choices.items() if NARROW in ks}
+    assert layers == set(MACS)
+    everything = found.uniform(NARROW).predicted["error"]
+    assert everything > found.uniform(INTEGER).predicted["error"] * 10, "four bits less are 24 dB at most"
+    two = weigh(wide, images, None, threads=1, narrow=Narrow(narrow, floats=False), progress=silent)
+    kept = two.closest({"wide": 2})
+    assert len(kept.having(INTEGER) & layers) == 2 and not kept.having(FLOAT)
+    gains = {u: two.uniform(NARROW).predicted["error"] - error(two, u) for u in layers}
+    assert kept.having(INTEGER) & layers == set(sorted(gains, key=gains.get)[-2:]), "those that lose most at 4 bits"
+
+
+def error(tradeoff, unit):
+    """Return the error of all layers at 4 bits but one."""
+    choice = {u: NARROW if NARROW in ks else INTEGER for u, ks in tradeoff.problem.choices.items()} | {unit: INTEGER}
+    return tradeoff.problem.amounts(choice)["error"]
+
+
+def raised(quantizer):
+    model = model_io.copy(quantizer.model)
+    RaiseOpset(target=21)(model)
+    return model

@@ -1,8 +1,8 @@
-"""Layers that would collapse stay in float, with the reason; stepping back widens the worst layers first."""
+"""Layers that would collapse stay in float, with the reason."""
 
+import hashlib
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 from edgec.backends import ort as ort_backend
 from edgec.compiler.quantizer import FLOOR_DB, Quantizer
@@ -24,6 +24,10 @@ class Images:
 
     feed: dict = field(default_factory=lambda: {"x": weight(4, 8, 6, 6)})
     specs: tuple = (InputSpec("x", "float32", (None, 8, 6, 6)),)
+    pre: None = None
+
+    def manifest(self):
+        return hashlib.sha256(self.feed["x"].tobytes()).hexdigest()
 
     def __len__(self):
         return 4
@@ -58,13 +62,3 @@ def test_a_layer_whose_input_range_explodes_stays_in_float_and_says_why(quantize
     assert "below 12" in corrected.kept["Conv_2"]
     built = corrected.build()
     assert "Conv_2" in {r.node for r in built.records[0].refusals if r.rule == "kept-float"}
-
-
-def test_widening_takes_the_worst_layers_first(quantizer):
-    made, images = quantizer
-    corrected = made.corrected(images, 1, silent)
-    steps = corrected.widened()
-    ranked = sorted(corrected.errors, key=lambda name: corrected.errors[name])
-    assert [len(s) for s in steps] == [2**k for k in range(len(steps))]
-    assert all(set(step) == set(ranked[: len(step)]) for step in steps)
-    assert np.isfinite(list(corrected.errors.values())).all()

@@ -1,0 +1,74 @@
+"""Candidates measured on the target, judged on held-out images, and put down as attempts for the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..backends.ort import Session
+from . import fidelity, job
+from . import model as model_io
+from .candidates import Candidate
+from .types import Attempt, Fidelity, Measurement
+
+if TYPE_CHECKING:
+    from ..backends.base import Runner
+    from .job import Job
+
+#: How long the final comparison of latencies takes, and one on the way to it.
+SECONDS, BRIEF = 4.0, 1.5
+
+
+def measure(this: Job, candidates: Sequence[Candidate], *, seconds: float = SECONDS) -> dict[str, Measurement]:
+    """Time the original and the candidates on the target, interleaved; the first candidate is the baseline."""
+    names = ["original", *(c.name for c in candidates)]
+    if this.target is None:
+        return {n: Measurement(n, "none", None, reason=this.not_measured) for n in names}
+    runners: dict[str, Runner] = {}
+    runners["original"] = this.backend.open(this.backend.lower(this.path, this.profile, "fp32"), this.threads)
+    for c in candidates:
+        runners[c.name] = this.backend.open(this.backend.lower(c.path, this.profile, c.precision), this.threads)
+    return this.target.measure(
+        runners,
+        job.one_input(this),
+        baseline=candidates[0].name,
+        threads=this.threads,
+        seconds=seconds,
+        progress=this.progress,
+    )
+
+
+def judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
+    """Compare the candidates with the original, which runs with ONNX Runtime's optimisations off."""
+    if this.judged is None or not candidates:
+        return {}
+    return fidelity.compare(
+        Session(this.path, threads=this.threads, optimise=False),
+        {c.name: Session(c.judged or c.path, threads=this.threads, fuse_quantized=c.fused) for c in candidates},
+        this.judged.batches(8),
+        images=len(this.judged),
+        metric=this.metric,
+        labelled=this.options.eval is not None,
+        seed=this.options.seed,
+        progress=this.progress,
+    )
+
+
+def attempt(c: Candidate, measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]) -> Attempt:
+    """Return what is known of a candidate as a row of the report."""
+    left_out = Measurement(c.name, "none", None, reason="it is outside the quality budget")
+    measurement = measured.get(c.name, left_out)
+    size = model_io.size_bytes(c.path)
+    found = Attempt(c.name, c.precision, measurement, judged.get(c.name), size, False, "")
+    if c.predicted is None:
+        return found
+    baseline = measured["fp32"].median_ms  # what is predicted is the ratio to it
+    ms = None if baseline is None or c.predicted.speedup is None else baseline / c.predicted.speedup
+    return replace(
+        found,
+        predicted_ms=ms,
+        predicted_db=c.predicted.db,
+        calibration_db=c.calibration_db,
+        integer_macs=c.predicted.integer_macs,
+    )
