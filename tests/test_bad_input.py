@@ -194,7 +194,11 @@ def test_interrupted_leaves_nothing(tiny, tmp_path):
         tiny / "images",
     ]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c")}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while not list(tmp_path.glob("*out*")) and process.poll() is None:
         time.sleep(0.02)
