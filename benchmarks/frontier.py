@@ -23,15 +23,16 @@ from edgec.backends.base import load as load_backend
 from edgec.backends.ort import Session
 from edgec.backends.targets.timing import interleave, median_interval
 from edgec.calib import cache, folder, preprocess
-from edgec.compiler import contributions, costs, mixed, pipeline, program
 from edgec.compiler import model as model_io
+from edgec.compiler import pipeline
 from edgec.compiler.devices import local_profile
 from edgec.compiler.fidelity import compare
 from edgec.compiler.metrics import load_metric
-from edgec.compiler.quantizer import Quantizer, choose_ranges
-from edgec.compiler.switchboard import Switchboard
+from edgec.compiler.mixed_precision import contributions, costs, mixed, program
+from edgec.compiler.mixed_precision.switchboard import Switchboard
+from edgec.compiler.mixed_precision.units import Wiring, wire
+from edgec.compiler.quantization.quantizer import Quantizer, choose_ranges
 from edgec.compiler.types import silent
-from edgec.compiler.units import Wiring, wire
 from edgec.passes.placement import observed_tensors, place
 from int8 import CASES, Case, _part
 

@@ -16,7 +16,7 @@ from . import model as model_io
 from .errors import DataError, DeviceError
 from .job import honest_specs
 from .proof import Prover
-from .quantizer import DEFAULT_METHOD, choose_ranges
+from .quantization.quantizer import DEFAULT_METHOD, choose_ranges
 from .types import Progress, QuantScheme, Range
 
 

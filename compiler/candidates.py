@@ -12,21 +12,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import half, job, layers, mixing
+from . import job, layers
 from . import model as model_io
-from .mixing import Mix
-from .quantizer import Quantizer
-from .search import from_ranges, search
+from .mixed_precision import mixing
+from .mixed_precision.mixing import Mix
+from .mixed_precision.tradeoff import Point
+from .quantization import half
+from .quantization.quantizer import Quantizer
+from .quantization.search import from_ranges, search
 from .settings import objection
-from .tradeoff import Point
 from .types import CalibrationSummary, PassRecord, QuantScheme, Refusal, StepRecord, TensorStatistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from .closeness import Closeness
     from .job import Job
     from .proof import Prover
+    from .quantization.closeness import Closeness
 
 
 @dataclass(frozen=True, eq=False)

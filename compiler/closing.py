@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import guard, mixed, mixing, program, trials
+from . import guard, trials
 from .candidates import Candidate, Lossy, compared, points
 from .errors import BudgetError
-from .mixed_precision import mixtures
-from .mixing import Mix
-from .tradeoff import Point
+from .mixed_precision import mixed, mixing, program
+from .mixed_precision.mixing import Mix
+from .mixed_precision.tradeoff import Point
+from .mixed_precision.weighing import mixtures
 from .types import Attempt, Fidelity, Measurement
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from . import model as model_io
 from .candidates import Candidate, Lossy, lossy, save
 from .closing import State
 from .errors import BudgetError
-from .explain import annotate, explain
+from .explanation.explain import annotate, explain
 from .job import Job
 from .options import Options
 from .proof import Prover

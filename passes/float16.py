@@ -59,7 +59,7 @@ class Stays:
 def castable(model: ir.Model) -> tuple[dict[ir.Node, Slots], dict[ir.Node, Stays]]:
     """Return the nodes of the main graph that may run in float16, and those with float32 tensors that may not.
 
-    Measured reasons are not among them (see compiler/float16_safety.py). The model is not changed.
+    Measured reasons are not among them (see compiler/quantization/float16_safety.py). The model is not changed.
     """
     types = value_types(model)
     opset = model.opset_imports.get("", 0)

@@ -9,10 +9,10 @@ import pytest
 from edgec.backends import ort as ort_backend
 from edgec.compiler import model as model_io
 from edgec.compiler import pipeline
-from edgec.compiler.analytic_bias import corrected, shifts
-from edgec.compiler.channel_moments import Moments, clipped, of_batch_norms, propagate
-from edgec.compiler.quantizer import Quantizer
-from edgec.compiler.sensitivity import layer_errors
+from edgec.compiler.quantization.analytic_bias import corrected, shifts
+from edgec.compiler.quantization.channel_moments import Moments, clipped, of_batch_norms, propagate
+from edgec.compiler.quantization.quantizer import Quantizer
+from edgec.compiler.quantization.sensitivity import layer_errors
 from edgec.compiler.types import QuantScheme
 from test_quantize import build, ranges_of, run
 from test_sensitivity import Batch

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from edgec.backends import ort
 from edgec.compiler import model as model_io
-from edgec.compiler.quantizer import Quantizer
+from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.passes.anchor_layout import AnchorLayout
 from edgec.passes.quantize import Quantize
 from test_quantize import VNNI, build, optimised_ops, ranges_of, weight

@@ -10,7 +10,7 @@ import pytest
 from edgec.backends import tensorrt
 from edgec.backends.ort import Session
 from edgec.compiler import model as model_io
-from edgec.compiler.float16_safety import find_unsafe, float_tensors, simulated
+from edgec.compiler.quantization.float16_safety import find_unsafe, float_tensors, simulated
 from edgec.compiler.types import Range, TensorStatistics
 from edgec.passes import float16
 from edgec.passes.cast_fp16 import CastFloat16, mark_float32

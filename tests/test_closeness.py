@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import zoo
-from edgec.compiler import closeness
-from edgec.compiler.closeness import Closeness, few
 from edgec.compiler.errors import DataError
+from edgec.compiler.quantization import closeness
+from edgec.compiler.quantization.closeness import Closeness, few
 from edgec.compiler.types import InputSpec
 
 RNG = np.random.default_rng(2)

@@ -7,13 +7,14 @@ import lab
 import numpy as np
 import pytest
 from edgec.backends import ort
-from edgec.compiler import closing, costs, trials
+from edgec.compiler import closing, trials
 from edgec.compiler.candidates import Candidate, Lossy, points, save
 from edgec.compiler.closing import State, close, first
-from edgec.compiler.mixed_precision import mixtures, weigh
-from edgec.compiler.mixing import Mix
-from edgec.compiler.quantizer import Quantizer
-from edgec.compiler.tradeoff import Point
+from edgec.compiler.mixed_precision import costs
+from edgec.compiler.mixed_precision.mixing import Mix
+from edgec.compiler.mixed_precision.tradeoff import Point
+from edgec.compiler.mixed_precision.weighing import mixtures, weigh
+from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.compiler.types import Budget, Fidelity, Measurement, silent
 from test_mixed_precision import NET, Priced
 from test_quantize import VNNI, build, ranges_of

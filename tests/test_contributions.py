@@ -7,12 +7,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from edgec.backends import ort as ort_backend
-from edgec.compiler.contributions import Contributions, _fit, measure
-from edgec.compiler.costs import Costs
-from edgec.compiler.mixed import FLOAT, INTEGER, mixed_problem
-from edgec.compiler.quantizer import Quantizer
-from edgec.compiler.switchboard import Source, Switchboard
-from edgec.compiler.units import wire
+from edgec.compiler.mixed_precision.contributions import Contributions, _fit, measure
+from edgec.compiler.mixed_precision.costs import Costs
+from edgec.compiler.mixed_precision.mixed import FLOAT, INTEGER, mixed_problem
+from edgec.compiler.mixed_precision.switchboard import Source, Switchboard
+from edgec.compiler.mixed_precision.units import wire
+from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.passes.placement import place
 from test_quantize import build, ranges_of, residual, run, weight
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from edgec.backends import ort as ort_backend
 from edgec.compiler import model as model_io
-from edgec.compiler.costs import Costs, Sample, by_link, fit, measure, mixed
-from edgec.compiler.kernel_times import Kernel, profile, undisturbed
-from edgec.compiler.quantizer import Quantizer
-from edgec.compiler.units import wire
+from edgec.compiler.mixed_precision.costs import Costs, Sample, by_link, fit, measure, mixed
+from edgec.compiler.mixed_precision.kernel_times import Kernel, profile, undisturbed
+from edgec.compiler.mixed_precision.units import wire
+from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.passes.placement import place
 from test_mixed import WIRING
 from test_quantize import ranges_of, residual, weight

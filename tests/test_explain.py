@@ -7,13 +7,14 @@ import pytest
 from edgec.backends import ort as ort_backend
 from edgec.backends import tensorrt
 from edgec.calib.channels import ChannelExtremes
-from edgec.compiler import causes, contributions
-from edgec.compiler.causes import Context, Facts
-from edgec.compiler.explain import annotate, explain, largest_pair
-from edgec.compiler.quantizer import Quantizer
-from edgec.compiler.switchboard import Switchboard
+from edgec.compiler.explanation import causes
+from edgec.compiler.explanation.causes import Context, Facts
+from edgec.compiler.explanation.explain import annotate, explain, largest_pair
+from edgec.compiler.mixed_precision import contributions
+from edgec.compiler.mixed_precision.switchboard import Switchboard
+from edgec.compiler.mixed_precision.units import wire
+from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.compiler.types import FloatScheme, Layer, QuantScheme, Range, Refusal, StepRecord, TensorStatistics
-from edgec.compiler.units import wire
 from edgec.passes.placement import place
 from test_quantize import ranges_of, residual, run, weight
 from test_quantizer import Images

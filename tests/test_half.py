@@ -8,9 +8,9 @@ import onnx_ir as ir
 import zoo
 from edgec.backends.ort import OnnxRuntime
 from edgec.backends.tensorrt import TensorRT
-from edgec.compiler import half as halves
 from edgec.compiler import model as model_io
 from edgec.compiler import pipeline
+from edgec.compiler.quantization import half as halves
 from edgec.passes.cast_fp16 import MARK
 
 RNG = np.random.default_rng(6)

@@ -8,9 +8,9 @@ import onnx_ir as ir
 import pytest
 import test_quantize
 from edgec.backends import ort as ort_backend
-from edgec.compiler.layer_sqnr import measure
-from edgec.compiler.quantizer import Quantizer
-from edgec.compiler.sensitivity import layer_errors
+from edgec.compiler.explanation.layer_sqnr import measure
+from edgec.compiler.quantization.quantizer import Quantizer
+from edgec.compiler.quantization.sensitivity import layer_errors
 from test_quantize import build, ranges_of, residual, run, weight
 from test_quantizer import Batch
 
@@ -66,7 +66,7 @@ def test_the_inputs_of_a_join_count_together(pair):
 
 
 def test_own_is_the_teacher_forced_error(pair):
-    """The same figure from compiler/sensitivity.py, which builds another graph."""
+    """The same figure from compiler/quantization/sensitivity.py, which builds another graph."""
     model, quantized, feed = pair
     found = measure(model, quantized, NAMES, [Batch(feed, 4, 4)], images=4)
     forced = layer_errors(model, quantized, [Batch(feed, 4, 4)], images=4)

@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-from edgec.compiler.contributions import Contributions
-from edgec.compiler.costs import Costs
 from edgec.compiler.errors import BudgetError
-from edgec.compiler.mixed import FLOAT, INTEGER, NARROW, Need, Problem, Term, mixed_problem
-from edgec.compiler.program import frontier, refine, solve
-from edgec.compiler.switchboard import Source
-from edgec.compiler.units import Link, Unit, Wiring
+from edgec.compiler.mixed_precision.contributions import Contributions
+from edgec.compiler.mixed_precision.costs import Costs
+from edgec.compiler.mixed_precision.mixed import FLOAT, INTEGER, NARROW, Need, Problem, Term, mixed_problem
+from edgec.compiler.mixed_precision.program import frontier, refine, solve
+from edgec.compiler.mixed_precision.switchboard import Source
+from edgec.compiler.mixed_precision.units import Link, Unit, Wiring
 
 
 def instance(seed: int, units: int = 5, precisions: tuple[str, ...] = ("float", "fp16", "int8")) -> Problem:

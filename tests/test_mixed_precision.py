@@ -6,11 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from edgec.backends import ort
-from edgec.compiler import contributions, costs, memory, mixed_precision
 from edgec.compiler import model as model_io
-from edgec.compiler.mixed import FLOAT, INTEGER, NARROW
-from edgec.compiler.mixed_precision import LEAST_INTEGER, Narrow, explore, unit_bytes, weigh
-from edgec.compiler.quantizer import Quantizer
+from edgec.compiler.mixed_precision import contributions, costs, memory
+from edgec.compiler.mixed_precision import weighing as mixed_precision
+from edgec.compiler.mixed_precision.mixed import FLOAT, INTEGER, NARROW
+from edgec.compiler.mixed_precision.weighing import LEAST_INTEGER, Narrow, explore, unit_bytes, weigh
+from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.compiler.types import Range, silent
 from edgec.passes.raise_opset import RaiseOpset
 from test_quantize import VNNI, build, ranges_of, run, sqnr

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from edgec.backends import ort as ort_backend
-from edgec.compiler.quantizer import FLOOR_DB, Quantizer
+from edgec.compiler.quantization.quantizer import FLOOR_DB, Quantizer
 from edgec.compiler.types import InputSpec, Range, silent
 from test_quantize import ranges_of, residual, weight
 

@@ -11,12 +11,12 @@ import zoo
 from edgec.backends.ort import OnnxRuntime
 from edgec.compiler import model as model_io
 from edgec.compiler import pipeline
-from edgec.compiler import search as searching
 from edgec.compiler.errors import DataError
 from edgec.compiler.options import STEPS
 from edgec.compiler.proof import Prover
-from edgec.compiler.quantizer import Quantizer
-from edgec.compiler.search import Found, search
+from edgec.compiler.quantization import search as searching
+from edgec.compiler.quantization.quantizer import Quantizer
+from edgec.compiler.quantization.search import Found, search
 
 RNG = np.random.default_rng(5)
 

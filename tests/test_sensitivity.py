@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from edgec.backends import ort as ort_backend
-from edgec.compiler.sensitivity import layer_errors
+from edgec.compiler.quantization.sensitivity import layer_errors
 from edgec.passes.quantize import Quantize
 from test_quantize import build, ranges_of, run, weight
 

@@ -24,12 +24,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ..backends.ort import Session
-from . import model as model_io
-from .types import Progress, silent
+from ...backends.ort import Session
+from .. import model as model_io
+from ..types import Progress, silent
 
 if TYPE_CHECKING:
-    from .fidelity import Batch
+    from ..fidelity import Batch
 
 #: What may be compared; tensors without a known type are taken for floats.
 _FLOATS = (None, ir.DataType.FLOAT, ir.DataType.DOUBLE)

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..backends.ort import Session
-from .layers import LINEAR
+from ...backends.ort import Session
+from ..layers import LINEAR
 
 Arrays = list[np.ndarray]
 

@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import nnls
 
-from ..backends.ort import Session
-from ..backends.targets import timing
-from . import model as model_io
+from ...backends.ort import Session
+from ...backends.targets import timing
+from .. import model as model_io
+from ..types import Progress, silent
 from .kernel_times import Kernel, profile, undisturbed
-from .types import Progress, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,10 +15,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..errors import BudgetError
+from ..types import Progress, silent
 from . import mixed, program
 from .contributions import Contributions
-from .errors import BudgetError
-from .types import Progress, silent
 from .units import Wiring
 
 #: At least this share of the multiply-accumulates stays on integers where integers were asked for.

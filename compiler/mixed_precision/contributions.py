@@ -38,10 +38,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from .types import Progress, silent
+from ..types import Progress, silent
 
 if TYPE_CHECKING:
-    from .fidelity import Batch
+    from ..fidelity import Batch
     from .memory import Memory
     from .switchboard import Source, Switchboard
     from .units import Wiring

@@ -31,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 from scipy.special import ndtr
 
-from ..passes.constants import constant, small_array
+from ...passes.constants import constant, small_array
 
 
 @dataclass(frozen=True, eq=False)

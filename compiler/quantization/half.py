@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..calib import cache
-from ..passes.cast_fp16 import CastFloat16, mark_float32
-from . import model as model_io
-from . import pipeline
+from ...calib import cache
+from ...passes.cast_fp16 import CastFloat16, mark_float32
+from .. import model as model_io
+from .. import pipeline
+from ..job import Job
 from .closeness import few
 from .float16_safety import find_unsafe, float_tensors, simulated
-from .job import Job
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from .types import PassRecord
+    from ..types import PassRecord
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .types import Progress, silent
+from ..types import Progress, silent
 
 
 @dataclass(frozen=True)

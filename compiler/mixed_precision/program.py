@@ -23,9 +23,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from .errors import BudgetError
+from ..errors import BudgetError
+from ..types import Progress, silent
 from .mixed import Assignment, Literal, Problem
-from .types import Progress, silent
 
 
 def solve(

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .types import QuantScheme, Range, StepRecord, TensorStatistics
+from ..types import QuantScheme, Range, StepRecord, TensorStatistics
 
 if TYPE_CHECKING:
-    from ..calib.channels import ChannelExtremes
+    from ...calib.channels import ChannelExtremes
 
 Side = Literal["tensor", "weights"]
 #: What of a layer is rounded.

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..passes.placement import Placement, output_tensor
+from ...passes.placement import Placement, output_tensor
 
 if TYPE_CHECKING:
     import onnx_ir as ir

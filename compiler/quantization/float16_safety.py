@@ -24,15 +24,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ..backends.ort import Session
-from ..passes.cast_fp16 import planned
-from ..passes.constants import constant
-from ..passes.float16 import LEAST_DB, MAX, Slots, castable, rounded
-from . import model as model_io
-from .types import Progress, TensorStatistics, silent
+from ...backends.ort import Session
+from ...passes.cast_fp16 import planned
+from ...passes.constants import constant
+from ...passes.float16 import LEAST_DB, MAX, Slots, castable, rounded
+from .. import model as model_io
+from ..types import Progress, TensorStatistics, silent
 
 if TYPE_CHECKING:
-    from .fidelity import Batch
+    from ..fidelity import Batch
 
 #: Images that were not calibrated on may give numbers this much larger.
 HEADROOM = 2.0

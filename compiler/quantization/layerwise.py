@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ..passes.weight_writer import added_bias, dequantize, takes_shift
+from ...passes.weight_writer import added_bias, dequantize, takes_shift
+from ..layers import LINEAR
+from ..types import Progress, StoredWeight, silent
 from . import gram
-from .layers import LINEAR
 from .stream import Arrays, Stream
-from .types import Progress, StoredWeight, silent
 
 #: Rows of a layer's Gram matrix: so many, or so many times its inputs if that is more, if the images have them.
 ROWS, ROWS_PER_INPUT = 16384, 8

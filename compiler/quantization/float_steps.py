@@ -17,28 +17,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..calib.channels import ChannelExtremes, collect_channels
-from ..passes.absorb_bias import AbsorbHighBias
-from ..passes.base import Pass
-from ..passes.channel_groups import ChannelVariables, analyse
-from ..passes.constants import small_array
-from ..passes.equalize import Equalize
-from ..passes.equalize_factors import activation_range_factors
-from ..passes.placement import observed_tensors
-from ..passes.smooth import Smooth, smoothed_tensors
-from ..passes.weights import ALONG_OUTPUTS
-from . import model as model_io
-from . import pipeline
+from ...calib.channels import ChannelExtremes, collect_channels
+from ...passes.absorb_bias import AbsorbHighBias
+from ...passes.base import Pass
+from ...passes.channel_groups import ChannelVariables, analyse
+from ...passes.constants import small_array
+from ...passes.equalize import Equalize
+from ...passes.equalize_factors import activation_range_factors
+from ...passes.placement import observed_tensors
+from ...passes.smooth import Smooth, smoothed_tensors
+from ...passes.weights import ALONG_OUTPUTS
+from .. import model as model_io
+from .. import pipeline
+from ..types import PassRecord, Range
 from .closeness import Closeness
 from .quantizer import Quantizer
-from .types import PassRecord, Range
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ..calib.folder import Folder
-    from .job import Job
-    from .proof import Prover
+    from ...calib.folder import Folder
+    from ..job import Job
+    from ..proof import Prover
 
 #: How strongly small channels are enlarged: none of the three is best everywhere (docs/benchmarks.md).
 STRENGTHS = (0.5, 0.75, 1.0)

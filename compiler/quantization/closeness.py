@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..backends.ort import Session
-from ..calib.observe import first_not_finite
-from . import model as model_io
+from ...backends.ort import Session
+from ...calib.observe import first_not_finite
+from .. import model as model_io
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ..calib.folder import Batch, Folder
+    from ...calib.folder import Batch, Folder
 
 #: Candidates are compared over so many input numbers, but at least so many images. Few images flatter methods that
 #: clip: what they clip is rare.

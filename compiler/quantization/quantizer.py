@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..calib import ranges as calib_ranges
-from ..passes.anchor_layout import AnchorLayout
-from ..passes.quantize import Quantize
-from . import model as model_io
-from . import pipeline
+from ...calib import ranges as calib_ranges
+from ...passes.anchor_layout import AnchorLayout
+from ...passes.quantize import Quantize
+from .. import model as model_io
+from .. import pipeline
+from ..types import OpSupport, PassRecord, Progress, QuantScheme, Range, StoredWeight, TensorStatistics, WeightType
 from .closeness import few
 from .sensitivity import LayerError, layer_errors
-from .types import OpSupport, PassRecord, Progress, QuantScheme, Range, StoredWeight, TensorStatistics, WeightType
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from ..calib.folder import Folder
+    from ...calib.folder import Folder
 
 #: The method where no images are at hand to choose by.
 DEFAULT_METHOD = "percentile"

@@ -21,23 +21,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from . import job, mixed, narrow, program
-from . import model as model_io
-from .errors import BudgetError
-from .mixed_precision import Narrow, mixtures, weigh
+from .. import job
+from .. import model as model_io
+from ..errors import BudgetError
+from ..quantization.quantizer import Quantizer
+from ..report.text import count
+from ..settings import objection
+from ..types import QuantScheme
+from . import mixed, narrow, program
 from .narrow import Widths
-from .quantizer import Quantizer
-from .report.text import count
-from .settings import objection
 from .tradeoff import Point, Tradeoff
-from .types import QuantScheme
+from .weighing import Narrow, mixtures, weigh
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from .closeness import Closeness
-    from .job import Job
-    from .proof import Prover
+    from ..job import Job
+    from ..proof import Prover
+    from ..quantization.closeness import Closeness
 
 #: Layers that `--precision w4a8` may keep at 8 bits where no size is stated.
 WIDE_LAYERS = 2

@@ -26,13 +26,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ..backends.ort import Session
-from ..passes.weight_writer import added_bias
-from . import model as model_io
-from .types import Progress, silent
+from ...backends.ort import Session
+from ...passes.weight_writer import added_bias
+from .. import model as model_io
+from ..types import Progress, silent
 
 if TYPE_CHECKING:
-    from .fidelity import Batch
+    from ..fidelity import Batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,24 +23,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..calib import cache
-from ..calib import ranges as calib_ranges
-from ..passes.placement import observed_tensors
-from ..passes.quant_params import needed_opset
-from ..passes.rounding import MANY
-from . import analytic_bias, pipeline
-from . import model as model_io
+from ...calib import cache
+from ...calib import ranges as calib_ranges
+from ...passes.placement import observed_tensors
+from ...passes.quant_params import needed_opset
+from ...passes.rounding import MANY
+from .. import model as model_io
+from .. import pipeline
+from ..types import CalibrationSummary, PassRecord, QuantScheme, StepRecord, TensorStatistics
+from . import analytic_bias
 from .closeness import Closeness
 from .float_steps import FLOAT_STEPS, Context
 from .quantizer import Quantizer, choose_ranges
 from .rounder import calibration_feeds, follow_biases, round_weights
-from .types import CalibrationSummary, PassRecord, QuantScheme, StepRecord, TensorStatistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from .job import Job
-    from .proof import Prover
+    from ..job import Job
+    from ..proof import Prover
 
 #: What `auto` chooses among; grids that are not even (FP8) take the extremes, which their methods' algebra assumes.
 AUTO_METHODS = ("minmax", "percentile", "entropy", "mse")

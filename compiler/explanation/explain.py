@@ -17,21 +17,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..calib.channels import ChannelExtremes, collect_channels
-from ..passes.placement import Placement, output_tensor, place
-from ..passes.quant_params import LIMITS, activation_params
-from ..passes.weight_writer import channel_axis, input_axis, weight_format
-from . import causes, layer_sqnr, layers
-from .contributions import Contributions, measure
-from .switchboard import Source, Switchboard
-from .types import Layer, Progress, QuantScheme, Range, Refusal, StepRecord, TensorStatistics, silent
-from .units import Wiring, wire
+from ...calib.channels import ChannelExtremes, collect_channels
+from ...passes.placement import Placement, output_tensor, place
+from ...passes.quant_params import LIMITS, activation_params
+from ...passes.weight_writer import channel_axis, input_axis, weight_format
+from .. import layers
+from ..mixed_precision.contributions import Contributions, measure
+from ..mixed_precision.switchboard import Source, Switchboard
+from ..mixed_precision.units import Wiring, wire
+from ..types import Layer, Progress, QuantScheme, Range, Refusal, StepRecord, TensorStatistics, silent
+from . import causes, layer_sqnr
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ..calib.folder import Folder
-    from .quantizer import Quantizer
+    from ...calib.folder import Folder
+    from ..quantization.quantizer import Quantizer
 
 #: Multiply-accumulates that one measurement may take: well below a second on one core.
 _WORK = 3e10

@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ..backends.ort import Session
-from . import model as model_io
+from ...backends.ort import Session
+from .. import model as model_io
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,23 +18,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..passes.placement import Placement, place
+from ...passes.placement import Placement, place
+from .. import model as model_io
+from ..layers import LINEAR, macs
+from ..quantization.closeness import few
+from ..quantization.quantizer import Quantizer
+from ..types import Progress
 from . import contributions, costs, memory, mixed
-from . import model as model_io
-from .closeness import few
-from .layers import LINEAR, macs
-from .quantizer import Quantizer
 from .switchboard import Switchboard
 from .tradeoff import LEAST_INTEGER, REACH, Point, Tradeoff
-from .types import Progress
 from .units import Wiring, wire
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from ..calib.folder import Folder
-    from .closeness import Closeness
+    from ...calib.folder import Folder
+    from ..quantization.closeness import Closeness
 
 #: The mixtures' and their timing's extent.
 _MIXTURES, _SECONDS = 6, 3.0

@@ -13,21 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..passes.quant_params import needed_opset
-from ..passes.raise_opset import RaiseOpset
-from . import model as model_io
-from . import pipeline
-from .layers import LINEAR
-from .quantizer import Quantizer
-from .rounder import calibration_feeds, round_weights
+from ...passes.quant_params import needed_opset
+from ...passes.raise_opset import RaiseOpset
+from .. import model as model_io
+from .. import pipeline
+from ..layers import LINEAR
+from ..quantization.quantizer import Quantizer
+from ..quantization.rounder import calibration_feeds, round_weights
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .job import Job
-    from .proof import Prover
+    from ..job import Job
+    from ..proof import Prover
+    from ..types import QuantScheme, WeightType
     from .tradeoff import Point
-    from .types import QuantScheme, WeightType
 
 
 @dataclass(frozen=True, eq=False)

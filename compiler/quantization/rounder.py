@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ..passes import rounding
-from ..passes.weight_writer import WeightFormat, weight_format
-from . import model as model_io
+from ...passes import rounding
+from ...passes.weight_writer import WeightFormat, weight_format
+from .. import model as model_io
+from ..types import Progress, StoredWeight, silent
 from .layerwise import Choice, LayerStep, Site, peak_bytes, walk
-from .types import Progress, StoredWeight, silent
 
 if TYPE_CHECKING:
-    from ..calib.folder import Folder
-    from ..passes.quantize import Quantize
+    from ...calib.folder import Folder
+    from ...passes.quantize import Quantize
 
 #: Bytes of tensors that a walk may hold; fewer images where that is not enough, but at least so many.
 MEMORY, LEAST_IMAGES = 600_000_000, 16

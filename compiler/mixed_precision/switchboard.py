@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ..backends.ort import Session
-from ..passes.placement import output_tensor
-from . import model as model_io
-from .constant_values import evaluate, from_constants
+from ...backends.ort import Session
+from ...passes.placement import output_tensor
+from .. import model as model_io
+from ..quantization.constant_values import evaluate, from_constants
 
 if TYPE_CHECKING:
     from .units import Link, Wiring

@@ -1,0 +1,1 @@
+"""Where the error of a quantized model comes from, and what may be the cause."""
