@@ -38,7 +38,7 @@ class Quantize(Pass):
 
     `ranges` maps tensor names to the interval each shall represent; `supports` and `scheme` are the backend's
     tables; `keep_float` maps node names to the reason why they are left in float; `bias_shift` maps node names to
-    what is added to their bias, one number per output channel (bias correction, see compiler/quantization/sensitivity.py).
+    what is added to their bias, one number per output channel (bias correction, see quantization/sensitivity.py).
     By node name too: `weight_types`, the type of a weight where it is not the scheme's; `weights`, a weight that a
     rounding method has chosen already, which is stored as it is.
     """
