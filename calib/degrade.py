@@ -30,17 +30,8 @@ if TYPE_CHECKING:
     from .folder import Folder
 
 __all__ = [
-    "CONDITIONS",
-    "QRID",
-    "VERSION",
-    "Degradation",
-    "Plan",
-    "condition_of",
-    "parameter_of",
-    "parse",
-    "transform",
-    "under",
-]
+    "CONDITIONS", "QRID", "VERSION", "Degradation", "Plan", "condition_of", "parameter_of", "parse", "transform", "under"
+]  # fmt: skip
 
 #: Raised whenever the pixels change for a condition, seed and name: caches are keyed with it.
 VERSION = 1

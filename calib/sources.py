@@ -101,7 +101,7 @@ def refusal(name: str, rule: str, error: BaseException) -> Refusal:
 
 @dataclass(frozen=True)
 class Images:
-    """Image files, changed by each of `transforms` (None: not at all), prepared by `pre` for the one input `spec`."""
+    """Image files, changed by each of `transforms` (None: not at all) and prepared by `pre` for the one input `spec`."""
 
     folder: Path
     pre: Preprocess
