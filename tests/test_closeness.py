@@ -111,3 +111,21 @@ def test_so_many_numbers_are_enough_but_at_least_64_images_spread_over_the_folde
     some = few(replace(samples, specs=(InputSpec("x", "float32", (None, *shape)),)))
     assert [item.row for item in some.items] == [i * 130 // count for i in range(count)]
     assert len(few(samples.subset(range(5)))) == 5
+
+
+def test_each_images_part_of_the_error(tmp_path, x):
+    """Relative to each output's energy, so that large numbers do not outvote small ones."""
+    judge = Closeness(three(), lab.folder(tmp_path, three(), x), 1)
+    w, v = W + 0.01 * RNG.normal(size=W.shape), V + 0.1 * RNG.normal(size=V.shape)
+    found = judge.parts(three(w, v))
+    each = [
+        ((x @ (exact - got)) ** 2).sum(1) / ((x @ exact) ** 2).sum() for exact, got in ((W, w), (V, v))
+    ]  # (images,) for each output
+    np.testing.assert_allclose(found, sum(each) / sum(e.sum() for e in each), rtol=2e-3)  # float32 sums
+    assert len(judge.images) == len(found) == 20
+
+
+def test_parts_are_alike_where_there_is_nothing_to_tell(tmp_path, x):
+    judge = Closeness(three(), lab.folder(tmp_path, three(), x), 1)
+    for model in (three(), three(W * np.nan), three(W * np.inf)):
+        np.testing.assert_array_equal(judge.parts(model), np.full(20, 1 / 20))

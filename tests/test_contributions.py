@@ -10,6 +10,7 @@ from edgec.backends import ort as ort_backend
 from edgec.compiler.mixed_precision.contributions import Contributions, _fit, measure
 from edgec.compiler.mixed_precision.costs import Costs
 from edgec.compiler.mixed_precision.mixed import FLOAT, INTEGER, mixed_problem
+from edgec.compiler.mixed_precision.sampling import sample
 from edgec.compiler.mixed_precision.switchboard import Source, Switchboard
 from edgec.compiler.mixed_precision.units import wire
 from edgec.compiler.quantization.quantizer import Quantizer
@@ -210,6 +211,55 @@ def test_a_deadline_ends_after_the_first_batch(lab):
     whole = measure(lab.board, lab.wiring, batches[:1], images=4, subsets=2, cumulative=False)
     assert found.images == 4
     np.testing.assert_allclose(found.alone, whole.alone, rtol=1e-12)
+
+
+def test_weights_make_one_image_count_as_several(lab):
+    """An image of weight 3 is an image that is there three times; rows that pad a batch count for nothing."""
+    x = lab.feed["x"]
+    three = Batch({"x": x[[0, 1, 1, 1]]}, 4)
+    options = {"images": 4, "subsets": 2, "cumulative": False}
+    alike = measure(lab.board, lab.wiring, [three], **options)
+    padded = Batch({"x": x[[0, 1, 1, 1]]}, 2)
+    weighted = measure(lab.board, lab.wiring, [padded], weights=np.array([1.0, 3.0]), **options)
+    np.testing.assert_allclose(weighted.alone, alike.alone, rtol=1e-9)
+    apart = measure(
+        lab.board, lab.wiring, [Batch({"x": x[[i]]}, 1) for i in (0, 1)], weights=np.array([1.0, 3.0]), **options
+    )
+    np.testing.assert_allclose(apart.alone, alike.alone, rtol=1e-4)  # kernels may add in another order
+
+
+def test_images_are_drawn_by_their_errors():
+    """Whatever goes with the error is summed exactly, whichever images are drawn; what is even, on average."""
+    rng = np.random.default_rng(0)
+    parts = rng.lognormal(0, 1, 200)
+    parts /= parts.sum()
+    drawn, weights = sample(parts, 16)
+    p = 0.7 * parts + 0.3 / 200
+    assert (weights * p[drawn]).sum() == pytest.approx(1.0, rel=1e-12)
+    assert weights.sum() == pytest.approx(200, rel=0.1), "they stand for all images"
+    assert (np.diff(drawn) > 0).all() and len(drawn) <= 16
+    spread, even = sample(np.full(12, 1 / 12), 4)
+    assert len(spread) == 4
+    np.testing.assert_allclose(even, 3.0)
+
+
+def test_an_image_that_makes_nearly_all_of_the_error_is_drawn_and_counts_once():
+    parts = np.full(100, 0.01 / 99)
+    parts[41] = 0.99
+    drawn, weights = sample(parts, 5)
+    assert 41 in drawn
+    assert weights[list(drawn).index(41)] == pytest.approx(1.0, rel=0.2)
+
+
+def test_the_sum_over_a_sample_is_right_on_average():
+    """Systematic draws at every offset; here by every rotation of what is at stake among images of equal parts."""
+    rng = np.random.default_rng(1)
+    values = rng.lognormal(0, 2, 60)
+    sums = []
+    for shift in range(60):
+        drawn, weights = sample(np.full(60, 1 / 60), 6)
+        sums.append(weights @ np.roll(values, shift)[drawn])
+    assert np.mean(sums) == pytest.approx(values.sum(), rel=1e-9)
 
 
 def test_the_saturation_behind_measured_errors_is_found():

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from edgec.backends import ort
 from edgec.compiler import model as model_io
-from edgec.compiler.mixed_precision import contributions, costs, memory
+from edgec.compiler.mixed_precision import contributions, costs, memory, sampling
 from edgec.compiler.mixed_precision import weighing as mixed_precision
 from edgec.compiler.mixed_precision.mixed import FLOAT, INTEGER, NARROW
 from edgec.compiler.mixed_precision.weighing import LEAST_INTEGER, Narrow, explore, unit_bytes, weigh
@@ -203,8 +203,8 @@ def test_few_images_of_many_numbers_or_much_work_and_more_of_few(quantizer, imag
 
     for shape in ((8, 6, 6), (3, 352, 352), (3, 1024, 1024)):
         many = Many(specs=(replace(images.specs[0], shape=(None, *shape)),))
-        mixed_precision._images(many, quantizer.model, 12)
-    mixed_precision._images(Many(specs=images.specs), quantizer.model, 10**9)
+        sampling._images(many, quantizer.model, 12)
+    sampling._images(Many(specs=images.specs), quantizer.model, 10**9)
     assert taken[1::2] == [32, 4, 2, 2]
 
 

@@ -6,7 +6,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("backends", "backends/targets", "calib", "compiler", "compiler/report", "passes")
+COMPILER = ("explanation", "mixed_precision", "quantization", "report")
+FOLDERS = ("backends", "backends/targets", "calib", "compiler", *(f"compiler/{name}" for name in COMPILER), "passes")
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):

@@ -16,7 +16,8 @@ takes that out, and leaves the order of sums as it is:
 
     E(S) = A / (1 + g A),   A = sum of a_s over S
 
-But a_s comes from a few images, on which errors may be larger or smaller than on most (by 1 to 2 dB with 4 images).
+But a_s comes from a few images (sampling.py), on which errors may be larger or smaller than on most (by 1 to 2 dB with
+4 images).
 Where some assignments A_1 < A_2 < … were built and measured on many images (`through`), what they show is taken over:
 
     E(S) = r(A) A / (1 + g A),   r(A_i) = measured over predicted, log r linear in log A between them, constant beyond
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -123,12 +124,14 @@ def measure(
     deadline: float | None = None,
     progress: Progress = silent,
     memory: Memory | None = None,
+    weights: np.ndarray | None = None,
 ) -> Contributions:
     """Measure every source alone, units cumulatively, and random subsets of the units, on the same batches.
 
     A batch is finished for all before the next one starts: after the first one, `deadline` (on time.monotonic's
     clock) ends the measurement between any two runs, and what the finished batches showed is returned. `memory`: what
-    was measured of the same board and batches before, and where what is measured now is kept, run by run.
+    was measured of the same board and batches before, and where what is measured now is kept, run by run. `weights`:
+    how many images each one stands for (sampling.py); all alike where None.
     """
     names = [unit.name for unit in wiring.units]
     rng = np.random.default_rng(seed)
@@ -136,7 +139,8 @@ def measure(
     picked = [wiring.realised({n for n in names if rng.random() < share}) for share in shares]
     prefixes = [wiring.realised(set(names[: i + 1])) for i in range(len(names))] if cumulative else []
     runs = [[i] for i in range(len(board.sources))] + [board.indices(units) for units in [names, *picked, *prefixes]]
-    errors = _errors(board, batches, runs, images, deadline, progress, memory)
+    weighted = _weighted(batches, np.ones(images) if weights is None else weights)
+    errors = _errors(board, weighted, runs, images, deadline, progress, memory)
     alone = errors.values[: len(board.sources)]
     full, rest = errors.values[len(board.sources)], errors.values[len(board.sources) + 1 :]
     saturation, misfit = _fit(alone, runs[len(board.sources) + 1 :][:subsets], rest[:subsets])
@@ -154,7 +158,7 @@ class _Errors:
 
 def _errors(
     board: Switchboard,
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[Batch, np.ndarray]],
     runs: Sequence[Sequence[int]],
     images: int,
     deadline: float | None,
@@ -164,7 +168,7 @@ def _errors(
     """Return the relative error of each run (a set of active sources), averaged over the outputs."""
     error, signal = np.zeros(()), np.zeros(())  # of (runs, outputs) and (outputs,) after the first batch
     done = 0
-    for batch in batches:
+    for batch, weights in batches:
         exact = board.run(batch.feed, ())
         found = np.zeros((len(runs), len(exact)), dtype=np.float64)
         for i, active in enumerate(runs):
@@ -173,19 +177,30 @@ def _errors(
             if known is None:
                 if done and deadline is not None and time.monotonic() > deadline:
                     return _Errors((error / signal).mean(1), done)
-                known = [_energy(y - z) for y, z in zip(exact, board.run(batch.feed, active), strict=True)]
+                known = [_energy(y - z, weights) for y, z in zip(exact, board.run(batch.feed, active), strict=True)]
                 if memory is not None:
                     memory.put(item, known)
             found[i] = known
             progress("judging every rounding", done * len(runs) + batch.count * (i + 1), images * len(runs))
         error, done = error + found, done + batch.count
-        signal = signal + np.maximum([_energy(y) for y in exact], 1e-300)
+        signal = signal + np.maximum([_energy(y, weights) for y in exact], 1e-300)
     return _Errors((error / signal).mean(1), done)
 
 
-def _energy(y: np.ndarray) -> float:
-    flat = y.reshape(-1).astype(np.float64)
-    return float(flat @ flat)
+def _weighted(batches: Iterable[Batch], weights: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield each batch with the weights of its images; rows that only pad it have none."""
+    done = 0
+    for batch in batches:
+        yield batch, weights[done : done + batch.count]
+        done += batch.count
+
+
+def _energy(y: np.ndarray, weights: np.ndarray) -> float:
+    """Return the weighted sum of the images' energies; where the first axis is not theirs, by the mean weight."""
+    if not y.ndim or len(y) < len(weights):
+        return float(np.square(y, dtype=np.float64).sum() * weights.mean())
+    rows = y[: len(weights)].reshape(len(weights), -1)
+    return float(np.square(rows, dtype=np.float64).sum(axis=1) @ weights)
 
 
 def _fit(alone: np.ndarray, subsets: Sequence[Sequence[int]], measured: np.ndarray) -> tuple[float, float]:

@@ -12,7 +12,6 @@ Measurements are kept as they are made (memory.py): the next compile of the same
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +20,10 @@ from typing import TYPE_CHECKING
 from ...passes.placement import Placement, place
 from .. import model as model_io
 from ..layers import LINEAR, macs
-from ..quantization.closeness import few
 from ..quantization.quantizer import Quantizer
 from ..types import Progress
 from . import contributions, costs, memory, mixed
+from .sampling import Sample, choose
 from .switchboard import Switchboard
 from .tradeoff import LEAST_INTEGER, REACH, Point, Tradeoff
 from .units import Wiring, wire
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
 _MIXTURES, _SECONDS = 6, 3.0
 #: Latencies that fit what was measured worse than this are not believed a second time: the machine was busy.
 _BELIEVED = 0.15
-#: Images that each rounding is judged on, within these limits: so many as keep the input numbers, and the
-#: multiply-accumulates of running the network once for each rounding, below the other two.
-_FEWEST, _MOST, _NUMBERS, _WORK = 2, 32, 4 * 3 * 352 * 352, 1e12
 #: Predictions go through what is measured of assignments with these parts of the roundings' sum.
 _SHARES = (1.0, 0.3, 0.1)
 #: Seconds after which no further image is taken, where no budget is stated.
@@ -121,13 +117,14 @@ def weigh(
     if len(wiring.units) < 2:
         return None
     deadline = time.monotonic() + _PATIENCE if deadline is None else deadline
-    errors, hit = _errors(quantizer, wiring, images, threads, seed, deadline, progress)
+    sample = choose(quantizer, images, len(wiring.units), judge)
+    errors, hit = _errors(quantizer, wiring, sample, threads, seed, deadline, progress)
     if judge is not None:
         errors = _measured(errors, quantizer, wiring, judge, deadline)
     prices, timed = _latencies(quantizer, wiring, feed, threads, seed, progress)
     added: dict[str, float] = {}
     if narrow is not None:
-        finer, again = _errors(narrow.quantizer, wiring, images, threads, seed, deadline, progress)
+        finer, again = _errors(narrow.quantizer, wiring, sample, threads, seed, deadline, progress)
         # sums are larger with 4 bits: what is to be expected of them is fitted there
         errors, hit = replace(finer, sources=errors.sources, alone=errors.alone), hit and again
         added = _of_weights(finer)
@@ -155,7 +152,7 @@ def _placement(quantizer: Quantizer) -> Placement:
 def _errors(
     quantizer: Quantizer,
     wiring: Wiring,
-    images: Folder,
+    sample: Sample,
     threads: int,
     seed: int,
     deadline: float,
@@ -164,10 +161,13 @@ def _errors(
     """Measure what each rounding adds; say whether all of it was known from an earlier compile."""
     bare = replace(quantizer, scheme=replace(quantizer.scheme, shield_float=False, nhwc_kernels=False)).build().model
     board = Switchboard(quantizer.model, bare, wiring, threads=threads)
-    some = _images(images, quantizer.model, len(wiring.units))
+    some = sample.images
     batch = max(1, min(16, len(some) // 2))
     models = [model_io.fingerprint(quantizer.model), model_io.fingerprint(bare)]
-    key = memory.context("errors", models=models, batch=batch, threads=threads, **memory.of_images(some))
+    weights = [f"{weight:.4g}" for weight in sample.weights]
+    key = memory.context(
+        "errors", models=models, batch=batch, weights=weights, threads=threads, **memory.of_images(some)
+    )
     kept = memory.Memory(key)
     try:
         found = contributions.measure(
@@ -180,6 +180,7 @@ def _errors(
             deadline=deadline,
             progress=progress,
             memory=kept,
+            weights=sample.weights,
         )
     finally:
         kept.close()
@@ -210,15 +211,6 @@ def _of_weights(found: contributions.Contributions) -> dict[str, float]:
     """Return what each unit's weights add by themselves."""
     pairs = zip(found.sources, found.alone, strict=True)
     return {source.units[0]: float(error) for source, error in pairs if source.kind == "weight"}
-
-
-def _images(images: Folder, model: ir.Model, units: int) -> Folder:
-    some = few(images)
-    size = sum(math.prod(d or 1 for d in spec.shape[1:]) for spec in images.specs)
-    work = units * sum(macs(n) or 0 for n in model.graph if n.op_type in LINEAR)
-    most = min(_MOST, _NUMBERS // max(size, 1), int(_WORK / max(work, 1)))
-    count = min(len(some), max(_FEWEST, most))
-    return some.subset(i * len(some) // count for i in range(count))
 
 
 # ------------------------------------------------------------------------------------------ latencies

@@ -40,31 +40,49 @@ class Closeness:
 
     def __init__(self, model: ir.Model, images: Folder, threads: int) -> None:
         self._threads = threads
-        self._batches = [(b.feed, b) for b in few(images).batches(_BATCH)]
+        self.images = few(images)  # when they have been read, those that could be
+        self._batches = [(b.feed, b) for b in self.images.batches(_BATCH)]
         with TemporaryDirectory() as folder:
             session = Session(model_io.session_source(model, Path(folder)), threads=threads)
             self._expected = [_real(session.run(feed), batch) for feed, batch in self._batches]
         for (_, batch), outputs in zip(self._batches, self._expected, strict=True):
             if any(np.isnan(y).any() for y in outputs.values()):
                 raise first_not_finite(model, batch) or AssertionError("only fused kernels give NaN")
+        names = list(dict.fromkeys(name for outputs in self._expected for name in outputs))
+        self._signal = {
+            name: sum(float(_energies(y[name], 1)[0]) for y in self._expected if name in y) for name in names
+        }
 
     def decibels(self, model: ir.Model, *, simulated: bool = False) -> float:
         """Return the SQNR in dB of the model's worst output; infinite where nothing differs, -infinite for NaN.
 
         `simulated`: the model's types are rounded and then computed with as floats, not fused into kernels.
         """
-        signal: dict[str, float] = {}
-        error: dict[str, float] = {}
+        errors = self._errors(model, simulated)
+        return min((_ratio_db(self._signal[name], float(e.sum())) for name, e in errors.items()), default=math.inf)
+
+    def parts(self, model: ir.Model, *, simulated: bool = False) -> np.ndarray:
+        """Return each image's part of the model's error (float64, one number per image of `images`; they add up to 1).
+
+        Errors are relative to their output's energy over all images. All parts are alike where nothing differs.
+        """
+        errors = self._errors(model, simulated)
+        relative = [e / self._signal[name] for name, e in errors.items() if self._signal[name] > 0]
+        total = np.sum(relative, axis=0) if relative else np.zeros(len(self.images))
+        whole = float(total.sum())
+        return total / whole if 0 < whole < math.inf else np.full(len(self.images), 1 / len(self.images))
+
+    def _errors(self, model: ir.Model, simulated: bool) -> dict[str, np.ndarray]:
+        """Return the energy of each image's error, by output."""
+        found: dict[str, list[np.ndarray]] = {}
         with TemporaryDirectory() as folder:
             source = model_io.session_source(model, Path(folder))
             session = Session(source, threads=self._threads, fuse_quantized=not simulated)
             for (feed, batch), expected in zip(self._batches, self._expected, strict=True):
                 got = _real(session.run(feed), batch)
                 for name, y in expected.items():
-                    exact = y.astype(np.float64)
-                    signal[name] = signal.get(name, 0.0) + float((exact * exact).sum())
-                    error[name] = error.get(name, 0.0) + float(((exact - got[name]) ** 2).sum())
-        return min((_ratio_db(signal[name], error[name]) for name in signal), default=math.inf)
+                    found.setdefault(name, []).append(_energies(y.astype(np.float64) - got[name], batch.count))
+        return {name: np.concatenate(energies) for name, energies in found.items()}
 
 
 def few(images: Folder) -> Folder:
@@ -78,6 +96,13 @@ def _real(outputs: Mapping[str, np.ndarray], batch: Batch) -> dict[str, np.ndarr
     """Drop outputs that are not float, and rows that only pad a fixed batch."""
     floats = {name: y for name, y in outputs.items() if y.dtype.kind == "f"}
     return {name: y[: batch.count] if y.ndim and len(y) == batch.rows else y for name, y in floats.items()}
+
+
+def _energies(y: np.ndarray, count: int) -> np.ndarray:
+    """Return the sum of squares of each of `count` images; of even parts of it where the first axis is not theirs."""
+    rows = y.reshape(count, -1) if y.ndim and len(y) == count else y.reshape(1, -1)
+    squares = np.square(rows, dtype=np.float64).sum(axis=1)
+    return squares if len(squares) == count else np.full(count, float(squares.sum()) / count)
 
 
 def _ratio_db(signal: float, error: float) -> float:
