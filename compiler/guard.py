@@ -12,12 +12,14 @@ with `--max-size` where a precision is named.
 What the user names is obeyed. Of several candidates of that precision the closest to the original is taken that is as
 fast as the plain one (AS_PLAIN of its speed) and faster than the float baseline (MARGIN), where any is that fast. Where
 none holds a stated --max-drop, the one that loses least is the best attempt.
+
+"As fast" is asked twice: of the medians of all calls, and of the fastest twentieth of them, which nobody disturbed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .types import Attempt, Budget
@@ -83,10 +85,12 @@ def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: s
     known = {i: speed for i, speed in speeds.items() if speed is not None}
     if len(known) < len(inside):
         return inside[0] if known else _most_integers(attempts, inside)
-    fastest = max(known.values())
-    plain = attempts[of_it[0]].measurement.speedup or fastest
-    floor = max(AS_PLAIN * min(plain, fastest), min(MARGIN, fastest))
-    return _closest(attempts, [i for i in inside if known[i] >= floor])
+    found = []
+    for speeds in _views(attempts, known):
+        fastest = max(speeds.values())
+        floor = max(AS_PLAIN * min(speeds.get(of_it[0], fastest), fastest), min(MARGIN, fastest))
+        found.append([i for i in inside if speeds[i] >= floor])
+    return _closest(attempts, _both(found))
 
 
 def _drop(attempt: Attempt) -> float:
@@ -103,9 +107,29 @@ def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None], enough
     faster = {i: attempts[i].measurement.speedup or 0.0 for i in inside if i and shown_faster(attempts[i])}
     if not faster and 0 in inside:
         return 0
-    speeds = faster or {i: attempts[i].measurement.speedup or 0.0 for i in inside}  # paired: medians drift apart
-    floor = 0.0 if enough else AS_FAST * max(speeds.values())
-    return _closest(attempts, [i for i, speed in speeds.items() if speed >= floor])
+    known = faster or {i: attempts[i].measurement.speedup or 0.0 for i in inside}  # paired: medians drift apart
+    if enough:
+        return _closest(attempts, list(known))
+    views = _views(attempts, known)
+    return _closest(
+        attempts, _both([[i for i, v in view.items() if v >= AS_FAST * max(view.values())] for view in views])
+    )
+
+
+def _views(attempts: Sequence[Attempt], speeds: Mapping[int, float]) -> list[Mapping[int, float]]:
+    """Return the speed-ups over the baseline as measured, and those of a machine that nobody else uses, if known.
+
+    Neighbours slow integers more than floats: ResNet-20 with five layers in float is 1 to 3 % slower than plain INT8
+    on a busy machine, and 6 % on a quiet one. The fastest twentieth of the calls shows the latter on the former.
+    """
+    times = {i: attempts[i].measurement.p5_ms for i in (0, *speeds)}
+    quiet = {i: (times[0] or math.nan) / (times[i] or math.nan) for i in speeds}
+    return [speeds] if None in times.values() else [speeds, quiet]
+
+
+def _both(found: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Return what is fast enough in all views; where nothing is, what is as measured."""
+    return [i for i in found[0] if all(i in others for others in found[1:])] or found[0]
 
 
 def _most_integers(attempts: Sequence[Attempt], among: Sequence[int]) -> int:
@@ -121,12 +145,13 @@ def _most_integers(attempts: Sequence[Attempt], among: Sequence[int]) -> int:
 def _closest(attempts: Sequence[Attempt], among: Sequence[int]) -> int:
     """Return the one whose worst output is closest to the original's; the fastest where nothing tells them apart."""
 
-    def figures(i: int) -> tuple[float, float]:
-        found = attempts[i].fidelity
-        sqnr = [math.inf if o.sqnr_db is None else o.sqnr_db for o in found.outputs] if found is not None else []
-        return min(sqnr, default=0.0), attempts[i].measurement.speedup or 0.0
+    return max(among, key=lambda i: (_decibels(attempts[i]), attempts[i].measurement.speedup or 0.0))
 
-    return max(among, key=figures)
+
+def _decibels(attempt: Attempt) -> float:
+    """Return the SQNR of the worst output; 0 where nothing was judged."""
+    outputs = attempt.fidelity.outputs if attempt.fidelity is not None else ()
+    return min((math.inf if o.sqnr_db is None else o.sqnr_db for o in outputs), default=0.0)
 
 
 def shown_faster(attempt: Attempt) -> bool:
@@ -152,6 +177,8 @@ def _verdict(
         return "not shown to be faster than FP32"
     fast, faster = (a.measurement.speedup or 0.0 for a in (attempt, attempts[winner]))
     if fast >= AS_FAST * faster:
+        if _decibels(attempt) > _decibels(attempts[winner]):
+            return "closer to the original, but not as fast"
         return "as fast as the chosen one, but no closer to the original"
     return "inside the budget, but slower than the chosen one"
 

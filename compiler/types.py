@@ -309,12 +309,66 @@ class Fidelity:
     reason: str | None = None
 
 
+#: What a comparison on the same images shows, at 95 %.
+Verdict = Literal["better", "no difference shown", "worse"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one model, or condition, loses beside another on the same images, in `unit` (points or dB).
+
+    Above zero something is lost. `low` and `high` are the paired 95 % interval, `error` the standard error, both by
+    bootstrap; `images` were compared, and on `differing` of them the two differ at all.
+    """
+
+    value: float
+    low: float
+    high: float
+    unit: str
+    error: float
+    images: int
+    differing: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class UnderCondition:
+    """One model, and the original that it was made from, on the images as one condition has them.
+
+    `fidelity`: the model beside the original, both under the condition; None where there is only the original.
+    `original`: the original under the condition beside itself on clean images. `difference`: the comparison that the
+    verdict is of (Robustness says which); None on clean images where it is the base of the others.
+    """
+
+    fidelity: Fidelity | None
+    original: Fidelity
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """One model under each condition, by name, clean first; always the same images.
+
+    With labels a condition's difference is what the model loses beside the original under that condition; without,
+    how much more it loses there than on clean images. `together` names the conditions whose verdict also holds when
+    all of them are tested at once. `notes` say how to read the figures.
+    """
+
+    metric: str
+    images: int
+    seed: int
+    conditions: Mapping[str, UnderCondition]
+    together: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Latency of one artifact on one target: milliseconds for one call.
 
     `low_ms` and `high_ms` are the 95 % interval of the median. `speedup` is the baseline's time over this
     one's, the median of pairs taken in the same rounds, with its own 95 % interval; None for the baseline.
+    `p5_ms`: one call in twenty is faster, which is what it takes when nobody else uses the machine.
     """
 
     name: str
@@ -332,6 +386,7 @@ class Measurement:
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
+    p5_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -429,7 +484,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What was calibrated on: counts of images, skipped files with their reasons, speed, cache hit or not."""
+    """What was calibrated on: counts of images, skipped files with their reasons, speed, cache hit or not.
+
+    `degrade` is what the images were changed by, as `--degrade` takes it, in full.
+    """
 
     folder: str
     images: int
@@ -439,6 +497,71 @@ class CalibrationSummary:
     images_per_second: float | None = None
     cached: bool = False
     key: str = ""
+    degrade: str = "clean"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better than calibrated on clean images, with the interval of that; negative where it is worse."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RobustFigure:
+    """One way of calibrating under one condition, on held-out images.
+
+    `sqnr_db` is the mean over images of the outputs' SQNR against the FP32 original's under that condition; `score` the
+    figure of the task in percent. The gains are over clean calibration, in dB and in points, with 95 % intervals of
+    each row by itself; None for clean calibration. `verdict` is about `gain_db`.
+    """
+
+    condition: str
+    calibration: str
+    sqnr_db: float
+    score: float | None = None
+    gain_db: Gain | None = None
+    gain_points: Gain | None = None
+    verdict: Literal["", "better", "worse", "no difference shown"] = ""
+
+
+@dataclass(frozen=True)
+class RobustWay:
+    """One way of calibrating as a whole: its worst condition, and why it was kept or not.
+
+    `gain_db` is that of the worst condition over clean calibration's worst condition, `clean_gain_db` that on clean
+    images; the intervals hold for all ways together with 95 %. None for clean calibration, and without images enough.
+    """
+
+    calibration: str
+    worst: str
+    worst_db: float
+    gain_db: Gain | None
+    clean_gain_db: Gain | None
+    kept: bool
+    verdict: str
+
+
+@dataclass(frozen=True)
+class RobustChoice:
+    """Which way of calibrating `compile --robust` kept, and the evidence.
+
+    `metric` names the scores' figure as Fidelity.metric does, None where the task has none; `reference` is the FP32
+    original's score by condition. `not_tried` are the ways for which the time budget left no time. Clean images may
+    lose at most `tolerance_db`. `why` is the sentence for the reader.
+    """
+
+    kept: str
+    why: str
+    images: int
+    tolerance_db: float
+    metric: str | None = None
+    reference: Mapping[str, float] = field(default_factory=dict)
+    ways: tuple[RobustWay, ...] = ()
+    figures: tuple[RobustFigure, ...] = ()
+    not_tried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -471,3 +594,4 @@ class Report:
     machine: str = ""
     seconds: float = 0.0
     seed: int = 0
+    robust: RobustChoice | None = None

@@ -25,6 +25,24 @@ def chosen(attempts, budget=None, named=None):
 FP32 = attempt("fp32", "fp32")
 
 
+def quiet(one, p5_ms):
+    return replace(one, measurement=replace(one.measurement, p5_ms=p5_ms))
+
+
+@pytest.mark.parametrize("named", ["int8", None])
+def test_as_fast_counts_only_if_it_is_so_when_nobody_disturbs(named):
+    """Both mixtures are as fast as plain INT8 on the busy machine; undisturbed, one is 10 % slower."""
+    fp32, plain = quiet(FP32, 0.8), quiet(attempt("int8", "int8", 0.5, 2.0, db=[30.0]), 0.40)
+    near = quiet(attempt("int8, 2 in float", "int8", 0.5, 2.0, db=[32.0]), 0.40)
+    far = quiet(attempt("int8, 9 in float", "int8", 0.5, 2.0, db=[36.0]), 0.44)
+    found = choose([fp32, plain, near, far], Budget(), named=named)
+    assert [a.chosen for a in found] == [False, False, True, False]
+    assert found[3].verdict == "closer to the original, but not as fast"
+    assert found[1].verdict == "as fast as the chosen one, but no closer to the original"
+    unknown = replace(near, measurement=replace(near.measurement, p5_ms=None))
+    assert chosen([fp32, plain, unknown, far], named=named) == "int8, 9 in float", "the medians are all there is"
+
+
 def test_auto_takes_the_fastest_inside_the_budget():
     attempts = [FP32, attempt("int8", "int8", 0.5, 2.0), attempt("int8, 1 in float", "int8", 0.6, 1.6)]
     assert chosen(attempts) == "int8"

@@ -96,5 +96,6 @@ def summarise(
             speedup=ratio[0],
             speedup_low=ratio[1],
             speedup_high=ratio[2],
+            p5_ms=float(np.percentile(values, 5)),
         )
     return result
