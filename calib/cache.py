@@ -1,7 +1,10 @@
 """Statistics of a calibration, kept between compiles under a key made of contents, never of file names.
 
-The key covers the model, the images' contents, the preprocessing, the tensors, what was collected, the seed, and the
-versions of edgec and ONNX Runtime. A file that is damaged, or cannot be written, costs a sweep and nothing else.
+The key covers the model, the images' contents, what they are changed by (the condition or mixture, its seed and its
+version), the preprocessing, the tensors, what was collected, the seed, and the versions of edgec and ONNX Runtime.
+Each condition has a key of its own, so one that is already known is not swept again, whatever it is asked for with;
+clean images have the same key as without any degradation. A file that is damaged, or cannot be written, costs a sweep
+and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from ..compiler.errors import OutputError
 from ..compiler.files import atomic_file
 from ..compiler.types import Progress, Refusal, TensorStatistics, silent
 from .folder import Folder
-from .observe import collect
+from .observe import collect_together
 from .sources import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -58,16 +61,56 @@ def collect_cached(
 
     `fingerprint` is model_io.fingerprint(model), for callers that know it already.
     """
+    return collect_cached_together(
+        model,
+        tensors,
+        {"": folder},
+        histogram=histogram,
+        seed=seed,
+        threads=threads,
+        progress=progress,
+        fingerprint=fingerprint,
+    )[""]
+
+
+def collect_cached_together(
+    model: ir.Model,
+    tensors: tuple[str, ...],
+    folders: Mapping[str, Folder],
+    *,
+    histogram: bool,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress = silent,
+    fingerprint: str | None = None,
+) -> dict[str, Collected]:
+    """Return what `collect_cached` gives for each of the folders, by its name; one sweep for all that is missing.
+
+    The folders are one folder under several conditions (`degrade.under`).
+    """
     prints = fingerprint or model_io.fingerprint(model)
-    key = key_of(prints, tensors, folder, histogram=histogram, seed=seed)
-    path = directory() / f"{key}.npz"
-    found = _load(path)
-    if found is not None:
-        folder.mark_skipped(found[1])
-        return Collected(found[0], True, key)
-    statistics = collect(model, tensors, folder, histogram=histogram, seed=seed, threads=threads, progress=progress)
-    _store(path, statistics, folder.skipped)
-    return Collected(statistics, False, key)
+    keys = {name: key_of(prints, tensors, f, histogram=histogram, seed=seed) for name, f in folders.items()}
+    found = {}
+    for name, key in keys.items():
+        stored = _load(_path(key))
+        if stored is not None:
+            found[name] = Collected(stored[0], True, key)
+            folders[name].mark_skipped(stored[1])
+    missing = {name: folder for name, folder in folders.items() if name not in found}
+    if missing:
+        swept = collect_together(
+            model, tensors, missing, histogram=histogram, seed=seed, threads=threads, progress=progress
+        )
+        for name, statistics in swept.items():
+            _store(_path(keys[name]), statistics, folders[name].skipped)
+            found[name] = Collected(statistics, False, keys[name])
+    return {name: found[name] for name in folders}
+
+
+def joint_key(collected: Mapping[str, Collected]) -> str:
+    """Return one key, 64 hex digits, for the statistics of several conditions; their order does not matter."""
+    parts = sorted((name, each.key) for name, each in collected.items())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -97,6 +140,10 @@ class CalibrationData:
 def directory() -> Path:
     """Return where statistics are kept: the user's cache folder (XDG_CACHE_HOME where it is set)."""
     return Path(platformdirs.user_cache_dir("edgec")) / "statistics"
+
+
+def _path(key: str) -> Path:
+    return directory() / f"{key}.npz"
 
 
 def key_of(fingerprint: str, tensors: tuple[str, ...], folder: Folder, *, histogram: bool, seed: int) -> str:

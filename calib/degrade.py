@@ -1,8 +1,9 @@
 """Which degradation an image gets, how strong, and how it is applied to any image that Pillow opens.
 
 What an image becomes depends on the condition, the seed and the image's name, through a hash that is the same in every
-process and on every machine: never on the order, the number of images, or the other conditions. `mixed` draws a
-condition for each image; the image is then the very same as under that condition alone.
+process and on every machine: never on the order, the number of images, or the other conditions. A mixture draws a
+condition for each image, the one with the largest hash (Thaler and Ravishankar, 1998); the image is then the very same
+as under that condition alone, and one condition more changes only the images that get it.
 
 Degradations work on 8-bit colour, in the image as it was decoded, before it is resized. Other modes become what
 calib/preprocess.py would make of them: 16-bit grey its high byte, palettes and CMYK RGB. Alpha is passed on untouched.
@@ -14,8 +15,9 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,7 +26,21 @@ from ..compiler.errors import UserError
 from .degradations import CONDITIONS, QRID, Degradation
 from .sources import Transform
 
-__all__ = ["CONDITIONS", "QRID", "VERSION", "Degradation", "Plan", "condition_of", "parameter_of", "parse", "transform"]
+if TYPE_CHECKING:
+    from .folder import Folder
+
+__all__ = [
+    "CONDITIONS",
+    "QRID",
+    "VERSION",
+    "Degradation",
+    "Plan",
+    "condition_of",
+    "parameter_of",
+    "parse",
+    "transform",
+    "under",
+]
 
 #: Raised whenever the pixels change for a condition, seed and name: caches are keyed with it.
 VERSION = 1
@@ -39,10 +55,11 @@ _GROUPS = {"all": tuple(CONDITIONS), "qrid": QRID}
 
 @dataclass(frozen=True)
 class Plan:
-    """What `--degrade` asks for.
+    """What `--degrade` asks for; the conditions are in the order of the table, whatever the user's was.
 
-    kind "conditions": each of `conditions` by itself. "mixed": each image gets one of them, the part `fraction` of
-    the images one that is not clean. "minimax": statistics of each of them, ranges for the worst.
+    kind "conditions": each of `conditions` by itself; where there can be but one version of each image, one of them
+    for each. "mixed": one of `conditions` for each image, not clean for the part `fraction` of them. "minimax":
+    statistics of each of them, ranges for the worst.
     """
 
     kind: Literal["conditions", "mixed", "minimax"]
@@ -69,8 +86,8 @@ def parse(text: str) -> Plan:
     if text.strip() == "minimax":
         return Plan("minimax", QRID)
     names = [name.strip() for name in text.split(",")]
-    found = [known for name in names for known in _conditions(name, where)]
-    return Plan("conditions", tuple(dict.fromkeys(found)))
+    found = {known for name in names for known in _conditions(name, where)}
+    return Plan("conditions", tuple(name for name in CONDITIONS if name in found))
 
 
 def _fraction(text: str, where: str) -> float:
@@ -117,39 +134,49 @@ def parameter_of(condition: str, seed: int, name: str) -> float:
     return CONDITIONS[condition].parameter(_uniform(_hash("parameter", condition, seed, name)))
 
 
-def condition_of(seed: int, name: str, fraction: float = MIXED) -> str:
-    """Return the condition that the image of this name gets in a mixture.
+def condition_of(plan: Plan, seed: int, name: str) -> str:
+    """Return the condition that the image of this name gets, each of the plan's with the same chance.
 
-    Raising the fraction degrades more images; those that were degraded before keep their condition.
+    Raising the fraction of `mixed` degrades more images; those that were degraded before keep their condition.
     """
-    if _uniform(_hash("mixed", seed, name)) >= fraction:
-        return "clean"
-    worse = [condition for condition in QRID if condition != "clean"]
-    return worse[int(_uniform(_hash("which", seed, name)) * len(worse))]
+    among = plan.conditions
+    if plan.fraction is not None:
+        if _uniform(_hash("mixed", seed, name)) >= plan.fraction:
+            return "clean"
+        among = tuple(condition for condition in among if condition != "clean")
+    return max(among, key=lambda condition: _hash("which", condition, seed, name))
 
 
 # --------------------------------------------------------------------------------------------- applying
 
 
-def transform(condition: str, seed: int) -> tuple[Transform, str]:
-    """Return what `Folder.transformed` takes, for one condition, `mixed` or `mixed:FRACTION`.
+def transform(text: str, seed: int) -> tuple[Transform, str]:
+    """Return what `Folder.transformed` takes, for names of conditions, `mixed` or `mixed:FRACTION`.
 
-    The name holds all that the pixels depend on, beside the images, their names and Pillow, on which decoding depends
-    too; it is empty for clean, where nothing changes. The transform may be called from several threads, and more than
-    once for the same image. Raises UserError for an unknown name, ValueError where there is no one condition.
+    An image gets one of the conditions, by `condition_of`. The name holds all that the pixels depend on, beside the
+    images, their names and Pillow, on which decoding depends too; it is empty for clean, where nothing changes. The
+    transform may be called from several threads, and more than once for the same image. Raises UserError for an
+    unknown name, ValueError for `minimax`, which is no way to change an image.
     """
-    plan = parse(condition)
+    plan = parse(text)
+    if plan.kind == "minimax":
+        raise ValueError("minimax looks at an image under several conditions")
     key = f"degrade {VERSION} {plan.text} seed {seed}"
-    if plan.kind == "mixed" and plan.fraction is not None:
-        return functools.partial(_mixed, plan.fraction, seed), key
-    if len(plan.conditions) > 1:
-        raise ValueError(f"{condition!r} is {len(plan.conditions)} conditions, and an image gets one")
-    (only,) = plan.conditions
-    return functools.partial(_degraded, only, seed), key if only != "clean" else ""
+    return functools.partial(_changed, plan, seed), key if plan.conditions != ("clean",) else ""
 
 
-def _mixed(fraction: float, seed: int, image: Image.Image, name: str) -> Image.Image:
-    return _degraded(condition_of(seed, name, fraction), seed, image, name)
+def under(folder: Folder, conditions: Iterable[str], seed: int) -> dict[str, Folder]:
+    """Return the folder under each condition, by name, for `folder.together` and `cache.collect_together`.
+
+    `conditions` are what `transform` takes; under clean it is the folder itself. DataError for a folder of arrays,
+    unless clean is all that is asked for.
+    """
+    changes = {condition: transform(condition, seed) for condition in conditions}
+    return {c: folder.transformed(change, key) if key else folder for c, (change, key) in changes.items()}
+
+
+def _changed(plan: Plan, seed: int, image: Image.Image, name: str) -> Image.Image:
+    return _degraded(condition_of(plan, seed, name), seed, image, name)
 
 
 def _degraded(condition: str, seed: int, image: Image.Image, name: str) -> Image.Image:

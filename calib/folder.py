@@ -9,11 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,27 +18,10 @@ import numpy as np
 
 from ..compiler.errors import DataError
 from ..compiler.types import InputSpec, Preprocess, Refusal
+from .batches import Batch, Read, cores, decoded, grouped, stacked, workers_of
 from .sources import ARRAYS, IMAGES, UNREADABLE, Arrays, Images, Item, Transform, readable, refusal, walk
 
-#: More threads than this decode no faster than a model can run on the same machine.
-_MOST_WORKERS = 8
-
-_Read = tuple[Item, Mapping[str, np.ndarray]]
-
-
-@dataclass(eq=False)
-class Batch:
-    """`count` samples: `feed` maps input names to arrays whose first dimension is the batch, of `rows` rows.
-
-    Where the model's batch is fixed, or padding was asked for, there may be more rows than `count`: the last sample
-    repeated. `labels` (int64, `count`) is None for folders without classes; `names` are the items' names.
-    """
-
-    feed: Mapping[str, np.ndarray]
-    labels: np.ndarray | None
-    names: tuple[str, ...]
-    count: int
-    rows: int
+__all__ = ["Batch", "Folder", "cores", "open_folder", "together"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +63,7 @@ class Folder:
 
     def labels(self) -> np.ndarray | None:
         """Return the class of each item (int64), or None where the sub-folders are no classes."""
-        if self._classes is None:
-            return None
-        return np.array([self._label(item) for item in self._known], dtype=np.int64)
+        return self._labels(self._known)
 
     def subset(self, indices: Iterable[int]) -> Folder:
         """Return the folder with only the items of these indices, in that order."""
@@ -118,7 +96,7 @@ class Folder:
         """
         if not isinstance(self.source, Images):
             raise DataError("holds arrays, and only images can be changed", where=str(self.path), fix="give images")
-        source = dataclasses.replace(self.source, transform=transform)
+        source = dataclasses.replace(self.source, transforms=(transform,))
         return dataclasses.replace(self, source=source, transform_name=name)
 
     def manifest(self) -> str:
@@ -128,7 +106,7 @@ class Folder:
     @functools.cached_property
     def _manifest(self) -> str:
         missing = sorted({item.file for item in self.items} - self._digests.keys())
-        with ThreadPoolExecutor(_workers(None)) as pool:
+        with ThreadPoolExecutor(workers_of(None)) as pool:
             self._digests.update(zip(missing, pool.map(self._digest, missing), strict=True))
         whole = hashlib.sha256(f"edgec 1\0{self.transform_name}\0".encode())
         for item in sorted(self.items, key=lambda item: item.name):
@@ -149,65 +127,33 @@ class Folder:
         padded where the batch is fixed or `pad` is set. Damaged items are left out and recorded in `skipped`.
         DataError if none can be read.
         """
-        if isinstance(self.source, Arrays) and self.source.whole:
-            size, pad = 1, False
-        elif self.fixed_batch is not None:
-            size, pad = self.fixed_batch, True
-        group: list[_Read] = []
-        empty = True
-        for read in self._decoded(size, _workers(workers)):
-            empty = False
-            if group and _shapes(group[0]) != _shapes(read):
-                yield self._batch(group, size if pad else 0)
-                group = []
-            group.append(read)
-            if len(group) == size:
-                yield self._batch(group, size)
-                group = []
-        if group:
-            yield self._batch(group, size if pad else 0)
-        if empty:
-            raise self._nothing_readable()
+        return (step[""] for step in together({"": self}, size, workers=workers, pad=pad))
 
-    def _decoded(self, size: int, workers: int) -> Iterator[_Read]:
-        """Yield what could be read, in order; at most `workers` + 2 chunks of `size` are held."""
-        chunks = iter([self.items[i : i + size] for i in range(0, len(self.items), size)])
-        pending: deque[Future[list[_Read]]] = deque()
-        with ThreadPoolExecutor(workers, thread_name_prefix="edgec-decode") as pool:
-            try:
-                for chunk in itertools.islice(chunks, workers + 1):
-                    pending.append(pool.submit(self._read, chunk))
-                while pending:
-                    ready = pending.popleft().result()
-                    pending.extend(pool.submit(self._read, chunk) for chunk in itertools.islice(chunks, 1))
-                    yield from ready
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _read(self, chunk: Sequence[Item]) -> list[_Read]:
+    def _read(self, source: Images | Arrays, chunk: Sequence[Item]) -> list[Read]:
         found = []
         for item in chunk:
             try:
-                found.append((item, self.source.read(item)))
+                found.append((item, source.read(item)))
             except UNREADABLE as error:
-                self.mark_skipped([refusal(item.name, self.source.rule, error)])
+                self.mark_skipped([refusal(item.name, source.rule, error)])
         return found
 
-    def _batch(self, group: list[_Read], rows: int) -> Batch:
-        items, feeds = zip(*group, strict=True)
-        stacked = feeds + feeds[-1:] * (rows - len(feeds))
-        feed = {name: _stack([f[name] for f in stacked]) for name in feeds[0]}
-        labels = None if self._classes is None else np.array([self._label(item) for item in items], dtype=np.int64)
-        return Batch(feed, labels, tuple(item.name for item in items), len(items), len(stacked))
+    def _batches(self, group: Sequence[Read], rows: int) -> list[Batch]:
+        """Stack samples: a batch for each way in which they were prepared, of at least `rows` rows."""
+        items, samples = zip(*group, strict=True)
+        names, labels, count = tuple(item.name for item in items), self._labels(items), len(items)
+        feeds = [stacked(each, rows) for each in zip(*samples, strict=True)]
+        return [Batch(feed, labels, names, count, max(count, rows)) for feed in feeds]
 
     @property
     def _known(self) -> tuple[Item, ...]:
         """The items without those found damaged meanwhile."""
         return tuple(item for item in self.items if item.name not in self._skipped)
 
-    def _label(self, item: Item) -> int:
-        assert self._classes is not None
-        return self._classes[item.file.partition("/")[0]]
+    def _labels(self, items: Sequence[Item]) -> np.ndarray | None:
+        if self._classes is None:
+            return None
+        return np.array([self._classes[item.file.partition("/")[0]] for item in items], dtype=np.int64)
 
     def _with(self, items: Sequence[Item]) -> Folder:
         return dataclasses.replace(self, items=tuple(items))
@@ -216,6 +162,38 @@ class Folder:
         named = "; ".join(f"{r.node}: {r.why}" for r in self.skipped[:3])
         fix = "give files that an image viewer opens, or .npy and .npz files that numpy wrote"
         return DataError(f"none of its {len(self._skipped)} files can be read ({named})", where=str(self.path), fix=fix)
+
+
+def together(
+    folders: Mapping[str, Folder], size: int = 1, *, workers: int | None = None, pad: bool = False
+) -> Iterator[dict[str, Batch]]:
+    """Yield batches of the same samples of several folders, by the folders' names: each file is decoded once.
+
+    The folders are one folder, `transformed` in different ways; ValueError where they are not. Otherwise this is
+    Folder.batches: an item that cannot be read is left out of all of them, and no more samples wait for the
+    consumer, beside those handed out, than of one folder.
+    """
+    first, *others = folders.values()
+    if any(f.items != first.items or f._skipped is not first._skipped for f in others):
+        raise ValueError("only transformed copies of one folder can be read together")
+    if isinstance(first.source, Arrays) and first.source.whole:
+        size, pad = 1, False
+    elif first.fixed_batch is not None:
+        size, pad = first.fixed_batch, True
+    source = first.source
+    if isinstance(source, Images):
+        ways = [way for f in folders.values() if isinstance(f.source, Images) for way in f.source.transforms]
+        source = dataclasses.replace(source, transforms=tuple(ways))
+    read = functools.partial(first._read, source)
+    reads = decoded(read, first.items, max(1, size // len(folders)), workers_of(workers))
+    empty = True
+    for group in grouped(reads, size):
+        empty = False
+        batches = first._batches(group, size if pad else 0)
+        group.clear()  # what was stacked does not wait for the consumer a second time
+        yield dict(zip(folders, batches, strict=True))
+    if empty:
+        raise first._nothing_readable()
 
 
 # --------------------------------------------------------------------------------------------- opening
@@ -293,20 +271,3 @@ def _draw(labels: np.ndarray | None, count: int, held: int, rng: np.random.Gener
     for members, n in zip(classes, take, strict=True):
         chosen[rng.permutation(members)[:n]] = True
     return chosen
-
-
-def _shapes(read: _Read) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in read[1].items()}
-
-
-def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _workers(asked: int | None) -> int:
-    return asked or min(cores(), _MOST_WORKERS)

@@ -1,8 +1,9 @@
 """One sweep over the images: minima, maxima and histograms of a model's tensors, whatever method chooses ranges later.
 
-The work is done inside ONNX Runtime (augment.py); here some thousand numbers an image are folded into statistics
-whose size does not depend on the number of images. Images are decoded beside inference, and several runs go on side
-by side, each on a thread of its own: sharing the many small operators of one run among threads takes longer.
+The work is done inside ONNX Runtime (augment.py); some thousand numbers an image are folded into statistics (tally.py).
+Images are decoded beside inference, and several runs go on side by side, each on a thread of its own: sharing the many
+small operators of one run among threads takes longer. Under several conditions an image is decoded once and run once
+for each; the elements sampled are the same ones, so that what differs between conditions is not where one looked.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,14 +25,12 @@ from ..compiler import model as model_io
 from ..compiler.errors import DataError
 from ..compiler.types import Progress, TensorStatistics, silent
 from .augment import FLOATS, STATISTICS, Augmented, augment, sources
-from .folder import Batch, Folder, cores
-from .histogram import Histogram
+from .folder import Batch, Folder, cores, together
+from .tally import Gathered, Tally, draw
 
 #: Elements sampled of each tensor and image: at least the first; where there are few images so many that the second
 #: is reached over all of them, but no more than the third.
 SAMPLES, SAMPLES_IN_ALL, MOST_SAMPLES = 1 << 8, 1 << 16, 1 << 14
-#: Samples are kept until there are so many bytes of them, and are then counted all at once.
-_BUFFER_BYTES = 1 << 23
 #: So many bytes of images are run together, at most so many images.
 _BATCH_BYTES, _MOST_IMAGES = 1 << 20, 16
 #: Runs go on side by side as long as the largest tensors of all of them stay below this, and no more of them.
@@ -58,29 +56,32 @@ def collect(
     their size), not on `threads` (None or 0: one for each core). DataError where a tensor holds NaN or infinity, or
     no image can be read.
     """
-    held = sources(model, tensors)
-    if not held:
-        return {}
-    gathered = {name: _Gathered() for name in held.values()}
+    steps = ({"": step} for step in folder.batches(batch or _images_a_run(folder), pad=True))
     samples = _samples(len(folder)) if histogram else 0
-    number, done, shapes, sweep = 0, 0, None, None
-    with contextlib.ExitStack() as stack:
-        temporary = Path(stack.enter_context(TemporaryDirectory()))
-        for step in folder.batches(batch or _images_a_run(folder), pad=True):
-            if sweep is None or _shapes(step) != shapes:
-                if sweep is not None:
-                    sweep.close()
-                shapes = _shapes(step)
-                augmented = augment(model, tuple(gathered), shapes, step.rows, samples)
-                sweep = _Sweep(model, augmented, gathered, samples, temporary, threads or cores())
-                stack.enter_context(sweep.pool)
-            sweep.submit(step, np.random.default_rng((seed, number)))
-            number += 1
-            done += step.count
-            progress("calibrating", done, len(folder))
-        if sweep is not None:
-            sweep.close()
-    return {name: gathered[root].statistics(done) for name, root in held.items() if gathered[root].seen}
+    sweep = _Sweep(model, tensors, ("",), samples, seed, threads or cores())
+    return sweep.run(steps, len(folder), progress)[""]
+
+
+def collect_together(
+    model: ir.Model,
+    tensors: tuple[str, ...],
+    folders: Mapping[str, Folder],
+    *,
+    histogram: bool,
+    seed: int = 0,
+    batch: int | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, dict[str, TensorStatistics]]:
+    """Return what `collect` gives for each of the folders, by its name, after one sweep.
+
+    The folders are one folder transformed in different ways (`folder.together`): each file is decoded once.
+    """
+    first = next(iter(folders.values()))
+    steps = together(folders, batch or _images_a_run(first), pad=True)
+    samples = _samples(len(first)) if histogram else 0
+    sweep = _Sweep(model, tensors, tuple(folders), samples, seed, threads or cores())
+    return sweep.run(steps, len(first), progress)
 
 
 def _images_a_run(folder: Folder) -> int:
@@ -101,36 +102,62 @@ def _shapes(step: Batch) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in step.feed.items()}
 
 
-@dataclass(eq=False)
-class _Gathered:
-    """What is known of one tensor so far."""
-
-    low: float = math.inf
-    high: float = -math.inf
-    elements: int = 0
-    histogram: Histogram = field(default_factory=Histogram)
-
-    @property
-    def seen(self) -> bool:
-        return self.low <= self.high
-
-    def widen(self, low: float, high: float) -> None:
-        self.low, self.high = min(self.low, low), max(self.high, high)
-
-    def count(self, elements: int, samples: np.ndarray, extremes: np.ndarray) -> None:
-        self.elements += elements
-        self.histogram.cover(self.low, self.high)
-        self.histogram.add(samples, extremes)
-
-    def statistics(self, images: int) -> TensorStatistics:
-        h = self.histogram
-        if not h.counts.any():
-            return TensorStatistics(self.low, self.high, images)
-        return TensorStatistics(self.low, self.high, images, h.estimate(self.elements), h.low, h.high)
-
-
 class _Sweep:
-    """Runs one augmented model on a few threads and folds what it tells into `gathered`, in the order of the batches.
+    """One sweep under some conditions: all batches run, and folded into what is known of each tensor."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        tensors: tuple[str, ...],
+        conditions: tuple[str, ...],
+        samples: int,
+        seed: int,
+        threads: int,
+    ) -> None:
+        self._model, self._samples, self._seed, self._threads = model, samples, seed, threads
+        self._held = sources(model, tensors)
+        self._gathered = {c: {name: Gathered() for name in self._held.values()} for c in conditions}
+
+    def run(
+        self, steps: Iterable[Mapping[str, Batch]], images: int, progress: Progress
+    ) -> dict[str, dict[str, TensorStatistics]]:
+        """Return condition -> tensor -> statistics. `steps`: condition -> batch, all of the same samples."""
+        if not self._held:
+            return {condition: {} for condition in self._gathered}
+        done, shapes, runs = 0, None, None
+        with contextlib.ExitStack() as stack:
+            temporary = Path(stack.enter_context(TemporaryDirectory()))
+            for number, batches in enumerate(steps):
+                step = next(iter(batches.values()))
+                if runs is None or _shapes(step) != shapes:
+                    if runs is not None:
+                        runs.close()
+                    shapes = _shapes(step)
+                    runs = self._runs(step, temporary)
+                    stack.enter_context(runs.pool)
+                for condition, batch in batches.items():
+                    runs.submit(condition, batch, np.random.default_rng((self._seed, number)))
+                done += step.count
+                progress("calibrating", done, images)
+            if runs is not None:
+                runs.close()
+        return {condition: self._statistics(gathered, done) for condition, gathered in self._gathered.items()}
+
+    def _runs(self, step: Batch, temporary: Path) -> _Runs:
+        """Return what runs batches of the shapes of this one."""
+        wanted = next(iter(self._gathered.values()))
+        augmented = augment(self._model, tuple(wanted), _shapes(step), step.rows, self._samples)
+        tallies = {c: Tally(augmented, gathered, self._samples) for c, gathered in self._gathered.items()}
+        inputs = [value.name or "" for value in self._model.graph.inputs if value.name in wanted]
+        return _Runs(self._model, augmented, tallies, inputs, temporary, self._threads)
+
+    def _statistics(self, gathered: Mapping[str, Gathered], images: int) -> dict[str, TensorStatistics]:
+        held = self._held.items()
+        return {name: gathered[root].statistics(images) for name, root in held if gathered[root].seen}
+
+
+class _Runs:
+    """Runs one augmented model on a few threads; what it tells goes to the tallies, in the order of the batches.
 
     All of it is there after `close`.
     """
@@ -139,29 +166,25 @@ class _Sweep:
         self,
         model: ir.Model,
         augmented: Augmented,
-        gathered: Mapping[str, _Gathered],
-        samples: int,
+        tallies: Mapping[str, Tally],
+        inputs: list[str],
         folder: Path,
         threads: int,
     ) -> None:
-        self._model, self._augmented = model, augmented
-        self._gathered, self._samples = gathered, samples
-        self._inputs = [value.name or "" for value in model.graph.inputs if value.name in gathered]
-        self._least = np.full(augmented.extremes, np.inf, np.float32)
-        self._most = -self._least
-        self._buffer: list[np.ndarray] = []
+        self._model, self._augmented, self._tallies, self._inputs = model, augmented, tallies, inputs
         self._beside = max(1, min(threads, _MOST_BESIDE, _BESIDE_BYTES // max(1, augmented.largest)))
         self.pool = ThreadPoolExecutor(self._beside, thread_name_prefix="edgec-run")
-        self._running: deque[tuple[Batch, np.random.Generator, Future[dict[str, np.ndarray]]]] = deque()
+        self._running: deque[tuple[Tally, Batch, np.random.Generator, Future[dict[str, np.ndarray]]]] = deque()
         self._session: Session | None = None
         if not augmented.empty:
             source = model_io.session_source(augmented.model, folder)
             self._session = Session(source, threads=max(1, threads // self._beside))
 
-    def submit(self, step: Batch, rng: np.random.Generator) -> None:
+    def submit(self, condition: str, step: Batch, rng: np.random.Generator) -> None:
         """Run one batch in the background. DataError where a tensor of this or an earlier one is not finite."""
-        draws = {name: _draw(rng, *of) for name, of in self._augmented.draws.items()}
-        self._running.append((step, rng, self.pool.submit(self._run, {**step.feed, **draws})))
+        draws = {name: draw(rng, *of) for name, of in self._augmented.draws.items()}
+        future = self.pool.submit(self._run, {**step.feed, **draws})
+        self._running.append((self._tallies[condition], step, rng, future))
         while len(self._running) > self._beside:  # one waits, so that no thread does while results are taken
             self._take(*self._running.popleft())
 
@@ -170,61 +193,31 @@ class _Sweep:
         while self._running:
             self._take(*self._running.popleft())
         self.pool.shutdown()
-        self._settle()
+        for tally in self._tallies.values():
+            tally.settle()
 
     def _run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {} if self._session is None else self._session.run(feed)
 
-    def _take(self, step: Batch, rng: np.random.Generator, future: Future[dict[str, np.ndarray]]) -> None:
+    def _take(self, tally: Tally, step: Batch, rng: np.random.Generator, future: Future[dict[str, np.ndarray]]) -> None:
         outputs = future.result()
         if STATISTICS in outputs:
-            self._take_matrix(outputs[STATISTICS], step)
+            if not np.isfinite(outputs[STATISTICS]).all():
+                self._explain(step)
+            tally.matrix(outputs[STATISTICS], step.count)
         for name in self._augmented.whole:
-            self._take_whole(name, outputs[name], step, rng)
+            self._take_whole(tally, name, outputs[name], step, rng)
         for name in self._inputs:
-            self._take_whole(name, step.feed[name], step, rng)
+            self._take_whole(tally, name, step.feed[name], step, rng)
 
-    def _take_matrix(self, matrix: np.ndarray, step: Batch) -> None:
-        """Fold in a run's statistics (rows, columns); a padded batch repeats rows, which changes no extreme."""
-        if not np.isfinite(matrix).all():
-            self._explain(step)
-        extremes = self._augmented.extremes
-        np.minimum(self._least, matrix[:, :extremes].min(axis=0), out=self._least)
-        np.maximum(self._most, matrix[:, :extremes].max(axis=0), out=self._most)
-        if self._samples:
-            self._buffer.append(matrix[: step.count])
-            if sum(array.nbytes for array in self._buffer) >= _BUFFER_BYTES:
-                self._settle()
-
-    def _settle(self) -> None:
-        """Hand on the extremes so far, and count the samples kept so far."""
-        for t in self._augmented.tensors:
-            low = min(self._least[t.lows].min(initial=np.inf), 0.0 if t.bounded else np.inf)
-            self._gathered[t.name].widen(float(low), float(self._most[t.highs].max()))
-        if self._buffer:
-            rows = np.concatenate(self._buffer)
-            self._buffer.clear()
-            for t in self._augmented.tensors:
-                self._gathered[t.name].count(t.each * len(rows), rows[:, t.samples], rows[:, t.extremes])
-
-    def _take_whole(self, name: str, array: np.ndarray, step: Batch, rng: np.random.Generator) -> None:
-        """Fold in a tensor that is here with all its elements."""
+    def _take_whole(self, tally: Tally, name: str, array: np.ndarray, step: Batch, rng: np.random.Generator) -> None:
         if array.dtype.kind != "f" or not array.size:
             return
         if array.ndim and len(array) == step.rows:
             array = array[: step.count]
-        low, high = float(array.min()), float(array.max())
-        if not math.isfinite(low) or not math.isfinite(high):  # NumPy, unlike ONNX Runtime, passes NaN on
+        if not tally.whole(name, array, step.count, rng):
             self._explain(step)
             raise _not_finite(name, array, step)
-        tensor = self._gathered[name]
-        tensor.widen(low, high)
-        if self._samples:
-            wanted = self._samples * step.count
-            values = array.ravel()
-            picked = values if values.size <= wanted else values[_draw(rng, values.size, wanted)]
-            extremes = np.array([low, high] if values.size > 1 else [low], np.float32)
-            tensor.count(values.size, picked.astype(np.float32, copy=False), extremes)
 
     def _explain(self, step: Batch) -> None:
         """Raise a DataError that names the first tensor which is not finite; none is where only a mean overflowed."""
@@ -246,11 +239,6 @@ def _not_finite(name: str, array: np.ndarray, step: Batch) -> DataError:
     where = step.names[0] if step.count == 1 else f"{step.names[0]} to {step.names[-1]}"
     fix = "look at these images, at their preprocessing, and at the model itself, which computes the same unquantized"
     return DataError(f"tensor {name!r} holds {kind}", where=where, fix=fix)
-
-
-def _draw(rng: np.random.Generator, places: int, wanted: int) -> np.ndarray:
-    """Return `wanted` places out of 0 .. `places` - 1, in order: one at random in each of as many equal stretches."""
-    return ((np.arange(wanted) + rng.random(wanted)) * (places / wanted)).astype(np.int64)
 
 
 def _everything(model: ir.Model, step: Batch) -> Iterator[tuple[str, np.ndarray]]:

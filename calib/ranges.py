@@ -181,7 +181,7 @@ def _entropy(s: _Search) -> tuple[float, float]:
     if s.symmetric:
         end = _entropy(dataclasses.replace(s.magnitudes(), symmetric=False, bits=s.bits - 1))[1]
         return -end, end
-    counts, edges = _without_zeros(s.counts, s.edges), s.edges
+    counts, edges = without_zeros(s.counts, s.edges), s.edges
     levels, total = 2**s.bits, len(counts)
     noise = _noise(counts)
     first, last = 0, total
@@ -205,7 +205,7 @@ def _argmin_last(figures: list[float]) -> int:
     return len(figures) - 1 - int(np.argmin(figures[::-1]))
 
 
-def _without_zeros(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def without_zeros(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Return the counts with the bin of 0 cut down to the larger of its neighbours."""
     at = int(np.clip(np.searchsorted(edges, 0, side="right") - 1, 0, len(counts) - 1))
     neighbours = counts[[i for i in (at - 1, at + 1) if 0 <= i < len(counts)]]

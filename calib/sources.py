@@ -39,6 +39,8 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 
+#: What one sample feeds a model: input name -> array.
+Feed = Mapping[str, np.ndarray]
 #: Changes an image before it is preprocessed; gets the image and the item's name.
 Transform = Callable[[Image.Image, str], Image.Image]
 
@@ -59,8 +61,8 @@ class Item:
 class Source(Protocol):
     """How the items of one folder are read."""
 
-    def read(self, item: Item) -> Mapping[str, np.ndarray]:
-        """Return the feed of one item. Raises one of UNREADABLE for a damaged file."""
+    def read(self, item: Item) -> tuple[Feed, ...]:
+        """Return one item's feeds, one for each way of preparing it. Raises one of UNREADABLE for a damaged file."""
 
 
 def walk(folder: Path) -> list[str]:
@@ -99,12 +101,12 @@ def refusal(name: str, rule: str, error: BaseException) -> Refusal:
 
 @dataclass(frozen=True)
 class Images:
-    """Image files, prepared by `pre` for the one input `spec`."""
+    """Image files, changed by each of `transforms` (None: not at all), prepared by `pre` for the one input `spec`."""
 
     folder: Path
     pre: Preprocess
     spec: InputSpec
-    transform: Transform | None = None
+    transforms: tuple[Transform | None, ...] = (None,)
     rule = "unreadable-image"
 
     def check(self, file: str) -> list[Item]:
@@ -112,12 +114,12 @@ class Images:
         with Image.open(self.folder / file):
             return [Item(file)]
 
-    def read(self, item: Item) -> Mapping[str, np.ndarray]:
-        """Decode, transform and preprocess one image."""
+    def read(self, item: Item) -> tuple[Feed, ...]:
+        """Decode one image; transform and preprocess it in each way."""
         with Image.open(self.folder / item.file) as image:
             image.load()
-            changed = self.transform(image, item.name) if self.transform else image
-            return {self.spec.name: apply(changed, self.pre, self.spec)}
+            changed = (image if change is None else change(image, item.name) for change in self.transforms)
+            return tuple({self.spec.name: apply(each, self.pre, self.spec)} for each in changed)
 
 
 # --------------------------------------------------------------------------------------------- arrays
@@ -156,7 +158,7 @@ class Arrays:
         count = rows.pop()
         return [Item(file)] if self.whole or count == 1 else [Item(file, row) for row in range(count)]
 
-    def read(self, item: Item) -> Mapping[str, np.ndarray]:
+    def read(self, item: Item) -> tuple[Feed, ...]:
         """Return one row of each array, in the inputs' dtypes."""
         arrays = self._load(item.file)
         row = slice(item.row or 0, (item.row or 0) + 1)
@@ -166,7 +168,7 @@ class Arrays:
             if not self.whole:
                 array = array[row] if array.ndim == len(spec.shape) else array[None]
             feed[spec.name] = np.array(array, dtype=spec.dtype, order="C")
-        return feed
+        return (feed,)
 
     @functools.cached_property
     def _load(self) -> Callable[[str], dict[str, np.ndarray]]:

@@ -53,7 +53,7 @@ def same(one, two):
 def test_second_time_comes_from_the_cache(data, histogram, monkeypatch):
     model = parse(NET)
     first = collect_cached(model, TENSORS, data, histogram=histogram)
-    monkeypatch.setattr(cache, "collect", None)
+    monkeypatch.setattr(cache, "collect_together", None)
     second = collect_cached(model, TENSORS, data, histogram=histogram)
     assert not first.cached and second.cached and first.key == second.key
     same(first.statistics, second.statistics)

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from edgec.calib import folder as folders
+from edgec.calib import batches
 from edgec.calib.folder import open_folder
 from edgec.compiler.errors import DataError
 from edgec.compiler.types import InputSpec, Preprocess
@@ -324,4 +324,4 @@ def test_a_damaged_archive_is_skipped(tmp_path):
 
 
 def test_workers_never_exceed_what_helps():
-    assert 1 <= folders._workers(None) <= folders._MOST_WORKERS and folders._workers(3) == 3
+    assert 1 <= batches.workers_of(None) <= batches._MOST_WORKERS and batches.workers_of(3) == 3

@@ -3,7 +3,7 @@
 import numpy as np
 import onnxruntime as ort
 import pytest
-from edgec.calib import augment, observe
+from edgec.calib import augment, tally
 from edgec.calib.derive import covering_pool, nonnegative, values
 from edgec.calib.folder import open_folder
 from edgec.calib.histogram import BINS, Histogram
@@ -155,17 +155,17 @@ def test_threads_change_nothing_and_seeds_only_samples(tmp_path):
 
 
 def test_statistics_do_not_grow_with_the_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(observe, "_BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr(tally, "_BUFFER_BYTES", 1 << 16)
     model = parse(NET)
     arrays(tmp_path, 120)
     held = []
-    settle = observe._Sweep._settle
+    settle = tally.Tally.settle
 
-    def watched(sweep):
-        held.append(sum(a.nbytes for a in sweep._buffer))
-        settle(sweep)
+    def watched(this):
+        held.append(sum(a.nbytes for a in this._buffer))
+        settle(this)
 
-    monkeypatch.setattr(observe._Sweep, "_settle", watched)
+    monkeypatch.setattr(tally.Tally, "settle", watched)
     collect(model, TENSORS, opened(tmp_path, model), histogram=True, batch=1)
     assert len(held) > 5 and max(held) < 2 << 16
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from edgec.calib.ranges import METHODS, _divergence, _without_zeros, choose, expected_error, from_json, to_json
+from edgec.calib.ranges import METHODS, _divergence, choose, expected_error, from_json, to_json, without_zeros
 from edgec.compiler.errors import DataError
 from edgec.compiler.types import Range, TensorStatistics
 
@@ -197,8 +197,8 @@ def test_entropy_does_not_care_for_zeros():
     some, many = (np.r_[SHAPES["relu"], np.zeros(n)] for n in (1, 2_000_000))
     assert choose(statistics(some), "entropy") == choose(statistics(many), "entropy")
     edges = np.linspace(-1, 3, 5)
-    np.testing.assert_array_equal(_without_zeros(np.array([4.0, 99, 7, 2]), edges), [4, 7, 7, 2])
-    np.testing.assert_array_equal(_without_zeros(np.array([4.0, 3, 7, 2]), edges), [4, 3, 7, 2])
+    np.testing.assert_array_equal(without_zeros(np.array([4.0, 99, 7, 2]), edges), [4, 7, 7, 2])
+    np.testing.assert_array_equal(without_zeros(np.array([4.0, 3, 7, 2]), edges), [4, 3, 7, 2])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

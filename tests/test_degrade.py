@@ -282,7 +282,7 @@ def test_an_image_can_be_degraded_again_and_from_threads():
 @pytest.mark.parametrize("fraction", [0, 0.25, 0.5, 1])
 def test_fraction_of_mixed(fraction):
     names = [str(i) for i in range(4000)]
-    counts = Counter(condition_of(3, name, fraction) for name in names)
+    counts = Counter(condition_of(Plan("mixed", QRID, fraction), 3, name) for name in names)
     share = 1 - counts["clean"] / len(names)
     assert share == pytest.approx(fraction, abs=4 * math.sqrt(fraction * (1 - fraction) / len(names)))
     assert set(counts) <= set(QRID)
@@ -292,13 +292,13 @@ def test_fraction_of_mixed(fraction):
 
 
 def test_mixed_without_a_fraction_gives_every_condition_as_many():
-    counts = Counter(condition_of(0, str(i)) for i in range(4000))
+    counts = Counter(condition_of(parse("mixed"), 0, str(i)) for i in range(4000))
     assert set(counts) == set(QRID) and all(abs(n - 500) < 100 for n in counts.values())
 
 
 def test_a_larger_fraction_only_adds():
     for name in map(str, range(300)):
-        half, most = condition_of(0, name, 0.5), condition_of(0, name, 0.9)
+        half, most = (condition_of(parse(text), 0, name) for text in ("mixed:0.5", "mixed:0.9"))
         assert half in ("clean", most)
 
 
@@ -306,8 +306,32 @@ def test_an_image_of_a_mixture_is_that_of_its_condition():
     mixed, _ = transform("mixed", 2)
     image = Image.fromarray(texture())
     for name in NAMES:
-        alone, _ = transform(condition_of(2, name, MIXED), 2)
+        alone, _ = transform(condition_of(parse("mixed"), 2, name), 2)
         assert np.array_equal(np.asarray(mixed(image, name)), np.asarray(alone(image, name)))
+
+
+def test_a_list_gives_each_image_one_of_its_names():
+    plan = parse("haze,noise-low,blur-high")
+    drawn = {str(i): condition_of(plan, 4, str(i)) for i in range(3000)}
+    counts = Counter(drawn.values())
+    assert set(counts) == {"noise-low", "blur-high", "haze"}  # clean only where it is named
+    assert all(abs(n - 1000) < 130 for n in counts.values())  # 5 standard deviations of 26
+    assert drawn != {name: condition_of(plan, 5, name) for name in drawn}
+    change, key = transform("haze,noise-low,blur-high", 4)
+    image = Image.fromarray(texture())
+    for name in NAMES:
+        alone, _ = transform(condition_of(plan, 4, name), 4)
+        assert np.array_equal(np.asarray(change(image, name)), np.asarray(alone(image, name)))
+    again, same_key = transform("blur-high, haze,noise-low", 4)
+    assert key == same_key and "noise-low,blur-high,haze" in key
+    assert all(np.array_equal(np.asarray(change(image, n)), np.asarray(again(image, n))) for n in NAMES)
+
+
+def test_one_name_more_changes_only_the_images_that_get_it():
+    fewer, more = parse("noise-low,haze"), parse("clean,noise-low,haze")
+    drawn = [(condition_of(fewer, 0, str(i)), condition_of(more, 0, str(i))) for i in range(600)]
+    changed = [new for old, new in drawn if old != new]
+    assert set(changed) == {"clean"} and abs(len(changed) - 200) < 60  # 5 standard deviations of 12
 
 
 # ------------------------------------------------------------------------------------- every image
@@ -445,7 +469,7 @@ def folder_of(tmp_path):
 def test_manifest_keys_differ(tmp_path):
     folder = folder_of(tmp_path)
     keys = [folder.manifest()]
-    for condition, seed in itertools.product([*WORSE, "mixed:0.5", "mixed:0.25", "mixed"], (0, 1)):
+    for condition, seed in itertools.product([*WORSE, "mixed:0.5", "mixed:0.25", "mixed", "haze,rescale"], (0, 1)):
         keys.append(folder.transformed(*transform(condition, seed)).manifest())
     assert len(set(keys)) == len(keys)
     assert folder.transformed(*transform("clean", 1)).manifest() == keys[0]  # the same pixels, the same statistics
@@ -454,7 +478,7 @@ def test_manifest_keys_differ(tmp_path):
 
 def test_key_changes_with_the_version(monkeypatch):
     before = transform("haze", 0)[1]
-    monkeypatch.setattr("edgec.calib.degrade.VERSION", 2)
+    monkeypatch.setattr("edgec.calib.degrade.VERSION", -1)
     assert transform("haze", 0)[1] != before
 
 
@@ -480,8 +504,8 @@ def test_batches_of_a_degraded_folder(tmp_path):
         ("mixed:0.5", Plan("mixed", QRID, 0.5)),
         (" mixed:1 ", Plan("mixed", QRID, 1.0)),
         ("minimax", Plan("minimax", QRID)),
-        ("blur-high, noise-low,blur-high", Plan("conditions", ("blur-high", "noise-low"))),
-        ("haze,qrid", Plan("conditions", ("haze", *QRID))),
+        ("blur-high, noise-low,blur-high", Plan("conditions", ("noise-low", "blur-high"))),
+        ("haze,qrid", Plan("conditions", (*QRID, "haze"))),
     ],
 )
 def test_parse(text, plan):
@@ -513,8 +537,8 @@ def test_wrong_names(text, says):
     assert says in str(caught.value) and caught.value.where == f"--degrade {text}" and caught.value.fix
 
 
-def test_a_transform_is_one_condition():
-    with pytest.raises(ValueError, match="13 conditions"):
-        transform("all", 0)
+def test_minimax_is_no_transform():
+    with pytest.raises(ValueError, match="several conditions"):
+        transform("minimax", 0)
     with pytest.raises(UserError, match="unknown degradation"):
         transform("smog", 0)
