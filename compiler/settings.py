@@ -3,7 +3,7 @@
 A setting is tried where the backend has it for the device, and its own objection says nothing. What is not tried has a
 line in the report (`not_tried`). Not in the table, because no device of today's gains by them what auto looks for:
 weights of 4 bits beside floats (no faster than float32 on CPUs; TensorRT packs them for large language models), and FP8
-(further from float32 than INT8 for every kind of layer that was tried: docs/benchmarks.md).
+(further from float32 than INT8 behind smoothing on every network tried: docs/benchmarks.md).
 """
 
 from __future__ import annotations
