@@ -19,7 +19,7 @@ none holds a stated --max-drop, the one that loses least is the best attempt.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .types import Attempt, Budget
@@ -81,14 +81,14 @@ def _named(attempts: Sequence[Attempt], problems: Sequence[str | None], named: s
     inside = inside or of_it
     if not inside:
         return 0
-    speeds = {i: attempts[i].measurement.speedup for i in inside}
-    known = {i: speed for i, speed in speeds.items() if speed is not None}
+    known = [i for i in inside if attempts[i].measurement.speedup is not None]
     if len(known) < len(inside):
         return inside[0] if known else _most_integers(attempts, inside)
+    plain = of_it[0]
     found = []
-    for speeds in _views(attempts, known):
-        fastest = max(speeds.values())
-        floor = max(AS_PLAIN * min(speeds.get(of_it[0], fastest), fastest), min(MARGIN, fastest))
+    for speeds in _views(attempts, [plain, *inside]):
+        fastest = max(speeds[i] for i in inside)
+        floor = max(AS_PLAIN * min(speeds[plain] or fastest, fastest), min(MARGIN, fastest))
         found.append([i for i in inside if speeds[i] >= floor])
     return _closest(attempts, _both(found))
 
@@ -104,27 +104,27 @@ def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None], enough
         return 0
     if attempts[0].measurement.median_ms is None:
         return _most_integers(attempts, [i for i in inside if i] or inside)
-    faster = {i: attempts[i].measurement.speedup or 0.0 for i in inside if i and shown_faster(attempts[i])}
+    faster = [i for i in inside if i and shown_faster(attempts[i])]
     if not faster and 0 in inside:
         return 0
-    known = faster or {i: attempts[i].measurement.speedup or 0.0 for i in inside}  # paired: medians drift apart
+    among = faster or inside
     if enough:
-        return _closest(attempts, list(known))
-    views = _views(attempts, known)
-    return _closest(
-        attempts, _both([[i for i, v in view.items() if v >= AS_FAST * max(view.values())] for view in views])
-    )
+        return _closest(attempts, among)
+    views = _views(attempts, among)
+    return _closest(attempts, _both([[i for i in among if v[i] >= AS_FAST * max(v.values())] for v in views]))
 
 
-def _views(attempts: Sequence[Attempt], speeds: Mapping[int, float]) -> list[Mapping[int, float]]:
+def _views(attempts: Sequence[Attempt], among: Sequence[int]) -> list[dict[int, float]]:
     """Return the speed-ups over the baseline as measured, and those of a machine that nobody else uses, if known.
 
     Neighbours slow integers more than floats: ResNet-20 with five layers in float is 1 to 3 % slower than plain INT8
     on a busy machine, and 6 % on a quiet one. The fastest twentieth of the calls shows the latter on the former.
     """
-    times = {i: attempts[i].measurement.p5_ms for i in (0, *speeds)}
-    quiet = {i: (times[0] or math.nan) / (times[i] or math.nan) for i in speeds}
-    return [speeds] if None in times.values() else [speeds, quiet]
+    paired = {i: attempts[i].measurement.speedup or 0.0 for i in among}  # medians drift apart
+    baseline = attempts[0].measurement.p5_ms
+    times = {i: attempts[i].measurement.p5_ms for i in among}
+    quiet = {i: baseline / ms for i, ms in times.items() if ms is not None and baseline is not None}
+    return [paired, quiet] if len(quiet) == len(paired) else [paired]
 
 
 def _both(found: Sequence[Sequence[int]]) -> Sequence[int]:

@@ -118,7 +118,7 @@ def measure(
     batches: Iterable[Batch],
     *,
     images: int,
-    subsets: int = 12,
+    subsets: int = 6,
     cumulative: bool = True,
     seed: int = 0,
     deadline: float | None = None,
@@ -135,7 +135,7 @@ def measure(
     """
     names = [unit.name for unit in wiring.units]
     rng = np.random.default_rng(seed)
-    shares = rng.uniform(0.05, 0.95, subsets)
+    shares = rng.uniform(0.25, 0.95, subsets)
     picked = [wiring.realised({n for n in names if rng.random() < share}) for share in shares]
     prefixes = [wiring.realised(set(names[: i + 1])) for i in range(len(names))] if cumulative else []
     runs = [[i] for i in range(len(board.sources))] + [board.indices(units) for units in [names, *picked, *prefixes]]

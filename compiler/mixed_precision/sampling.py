@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _TRUST = 0.7
 #: Images that each rounding is judged on, within these limits: so many as keep the input numbers, and the
 #: multiply-accumulates of running the network once for each rounding, below the other two.
-_FEWEST, _MOST, _NUMBERS, _WORK = 2, 32, 4 * 3 * 352 * 352, 1e12
+_FEWEST, _MOST, _NUMBERS, _WORK = 2, 32, 6 * 3 * 352 * 352, 1e12
 
 
 @dataclass(frozen=True, eq=False)
