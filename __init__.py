@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .compiler.api import bench, calibrate, compile, devices, evaluate, inspect, open_bundle
+    from .compiler.api import bench, calibrate, compile, devices, evaluate, inspect, open_bundle, robustness
 
 __all__ = [
     "__version__",
@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "open_bundle",
+    "robustness",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -125,6 +126,18 @@ def main() -> None:
     help=f"Steps of quantization to leave out: {', '.join(parse.STEPS)}.",
 )
 @click.option(
+    "--degrade",
+    metavar="clean|mixed[:F]|minimax|NAME,...",
+    default="clean",
+    show_default=True,
+    help="Conditions to calibrate under: a mixture of noise, blur, low contrast, JPEG, …; or ranges for the worst.",
+)
+@click.option(
+    "--robust",
+    is_flag=True,
+    help="Calibrate on clean images, mixed and minimax; keep what held-out images show to be better. Takes 3 searches.",
+)
+@click.option(
     "--time-budget", metavar="TIME", help="End the search after so long, e.g. 2min; run again, it goes on from there."
 )
 @click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")
@@ -179,6 +192,13 @@ def compile(
 @click.argument("images", type=_FILE)
 @click.option("-o", "--out", type=_FILE, required=True, help="The ranges file to write (JSON).")
 @click.option("--method", type=click.Choice(parse.METHODS), default="auto", show_default=True)
+@click.option(
+    "--degrade",
+    metavar="clean|mixed[:F]|minimax|NAME,...",
+    default="clean",
+    show_default=True,
+    help="Conditions to calibrate under, as of compile.",
+)
 @click.option("--device", default="local", show_default=True, help="Whose quantization the ranges are for.")
 @click.option("--preprocess", metavar="NAME|FILE", help="How images become inputs.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -199,6 +219,11 @@ def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
 @cli.command("eval")
 @click.argument("model", type=_FILE, metavar="BUNDLE|MODEL")
 @click.argument("images", type=_FILE)
+@click.option(
+    "--degrade",
+    metavar="all|qrid|NAME,...",
+    help="Also under conditions that cameras meet: noise, blur, low contrast, JPEG, …; each with a verdict.",
+)
 @click.option("--against", type=_FILE, metavar="MODEL", help="The reference.  [default: the bundle's original]")
 @click.option(
     "--metric",
@@ -209,21 +234,20 @@ def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
 @click.option("--threads", type=click.IntRange(0), default=0, callback=_threads, help="CPU threads.  [default: all]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def evaluate(model: Path, images: Path, against: Path | None, as_json: bool, **rest: Any) -> None:
+def evaluate(model: Path, images: Path, degrade: str | None, against: Path | None, as_json: bool, **rest: Any) -> None:
     """Judge a bundle or a model on images.
 
     By labels where the sub-folders of IMAGES are classes, else beside the original.
     """
-    from .compiler import api, evaluation
+    from .compiler import api, evaluation, show
 
     with _progress() as progress:
-        result = api.evaluate(model, images, against=against, progress=progress, **rest)
+        judge = api.evaluate if degrade is None else functools.partial(api.robustness, degrade=degrade)
+        result = judge(model, images, against=against, progress=progress, **rest)
     if as_json:
         _print_json(evaluation.to_json(model, against, result))
-        return
-    from .compiler.report import terminal
-
-    terminal.render_fidelity(result, _console())
+    else:
+        show.quality(result, _console())
 
 
 @cli.command()

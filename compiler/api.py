@@ -11,7 +11,7 @@ from .bundle import Bundle, open_bundle
 from .errors import UnavailableError
 from .inspection import inspect
 from .options import Options, parse_steps
-from .types import Budget, DeviceProfile, Fidelity, Inspection, Measurement, Progress, Range, Report, silent
+from .types import Budget, DeviceProfile, Fidelity, Inspection, Measurement, Progress, Range, Report, Robustness, silent
 
 __all__ = [
     "Bundle",
@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "open_bundle",
+    "robustness",
     "Inspection",
 ]
 
@@ -43,6 +44,8 @@ def compile(
     precision: str = "auto",
     method: str = "auto",
     without: str | Sequence[str] = (),
+    degrade: str = "clean",
+    robust: bool = False,
     max_drop: float | None = None,
     max_latency_ms: float | None = None,
     max_size_bytes: int | None = None,
@@ -56,8 +59,9 @@ def compile(
     """Compile an ONNX file for a device, leave a bundle in the folder `out`, and return the report.
 
     `max_drop` is in points (1.0 where None, then a named precision may exceed it), `time_budget` in seconds. `without`
-    names steps of quantization to leave out (options.STEPS). Raises the classes of compiler/errors.py; each message
-    says what, where and how to fix.
+    names steps of quantization to leave out (options.STEPS). `degrade` says under which conditions the images are
+    calibrated on (quantization/conditions.py); `robust` tries several ways and keeps what held-out images support
+    (quantization/robust.py). Raises the classes of compiler/errors.py; each message says what, where and how to fix.
     """
     from . import driver
 
@@ -74,6 +78,8 @@ def compile(
         precision=precision,
         method=method,
         without=parse_steps(without if isinstance(without, str) else ",".join(without)),
+        degrade=degrade,
+        robust=robust,
         budget=budget,
         time_budget=time_budget,
         threads=threads,
@@ -90,6 +96,7 @@ def calibrate(
     out: PathLike | None = None,
     *,
     method: str = "auto",
+    degrade: str = "clean",
     device: str = "local",
     preprocess: str | None = None,
     seed: int = 0,
@@ -107,6 +114,7 @@ def calibrate(
         Path(images),
         _path(out),
         method=method,
+        degrade=degrade,
         device=device,
         preprocess=preprocess,
         seed=seed,
@@ -132,6 +140,38 @@ def evaluate(
     return evaluation.evaluate(
         Path(model),
         Path(images),
+        against=_path(against),
+        metric=metric,
+        preprocess=preprocess,
+        threads=threads,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def robustness(
+    model: PathLike,
+    images: PathLike,
+    degrade: str = "all",
+    *,
+    against: PathLike | None = None,
+    metric: str | None = None,
+    preprocess: str | None = None,
+    threads: int = 0,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Robustness:
+    """Judge a bundle or an ONNX file on the same images under each condition, beside its original or `against`.
+
+    `degrade` is `all`, `qrid` (the conditions of that paper) or names of conditions with commas between them; clean is
+    always among them. The degradations are drawn with `seed`. A model without an original is judged by itself.
+    """
+    from . import evaluation
+
+    return evaluation.evaluate_degraded(
+        Path(model),
+        Path(images),
+        degrade,
         against=_path(against),
         metric=metric,
         preprocess=preprocess,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .._version import __version__
 from ..backends import base as backends
-from ..calib import cache, folder
+from ..calib import folder
 from ..calib import preprocess as preprocessing
 from ..calib import ranges as calib_ranges
 from ..passes.placement import observed_tensors
@@ -16,7 +16,8 @@ from . import model as model_io
 from .errors import DataError, DeviceError
 from .job import honest_specs
 from .proof import Prover
-from .quantization.quantizer import DEFAULT_METHOD, choose_ranges
+from .quantization import conditions
+from .quantization.quantizer import DEFAULT_METHOD
 from .types import Progress, QuantScheme, Range
 
 
@@ -26,6 +27,7 @@ def calibrate(
     out: Path | None,
     *,
     method: str,
+    degrade: str,
     device: str,
     preprocess: str | None,
     seed: int,
@@ -33,6 +35,7 @@ def calibrate(
     progress: Progress,
 ) -> dict[str, Range]:
     """See api.calibrate."""
+    plan = conditions.check(degrade, method)
     profile = devices.find(device)
     backend = backends.load(profile.backends[0])
     scheme = backend.schemes(profile)["int8"]
@@ -43,19 +46,20 @@ def calibrate(
     if not specs:
         raise DataError("the model has no input", where=str(path), fix="there is nothing to calibrate")
     pre = preprocessing.resolve(preprocess, path, specs[0])
-    data = folder.open_folder(images, pre, specs)
+    data, several = conditions.calibrated_on(folder.open_folder(images, pre, specs), degrade, seed)
     model, _ = pipeline.run(original, pipeline.exact_passes(needed_opset(scheme)), Prover(original))
-    chosen = DEFAULT_METHOD if method == "auto" else method
-    found = cache.collect_cached(
+    chosen = (conditions.MINIMAX if several else DEFAULT_METHOD) if method == "auto" else method
+    found = conditions.sweep(
         model,
         observed_tensors(model, backend.supports),
         data,
+        several,
         histogram=chosen != "minmax",
         seed=seed,
         threads=threads,
         progress=progress,
     )
-    ranges = choose_ranges(found.statistics, chosen, scheme)
+    ranges = found.ranges(chosen, scheme)
     if out is not None:
         meta = {
             "method": chosen,
@@ -63,6 +67,7 @@ def calibrate(
             "key": found.key,
             "edgec": __version__,
             "model": path.name,
+            **({} if plan.conditions == (conditions.CLEAN,) else {"degrade": plan.text, "seed": seed}),
         }
         calib_ranges.to_json(ranges, out, meta)
     return ranges

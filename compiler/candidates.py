@@ -19,9 +19,10 @@ from .mixed_precision.mixing import Mix
 from .mixed_precision.tradeoff import Point
 from .quantization import half
 from .quantization.quantizer import Quantizer
-from .quantization.search import from_ranges, search
+from .quantization.robust import search_robustly
+from .quantization.search import Found, from_ranges, search
 from .settings import objection
-from .types import CalibrationSummary, PassRecord, QuantScheme, Refusal, StepRecord, TensorStatistics
+from .types import CalibrationSummary, PassRecord, QuantScheme, Refusal, RobustChoice, StepRecord, TensorStatistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,6 +60,7 @@ class Lossy:
     """What lossy passes gave: nothing at all where only exact passes run.
 
     `mix` is the program behind the mixtures among the candidates, `judge` what their calibration figures come from.
+    `this` is the job that calibrates as `robust` chose; None where it had no say.
     """
 
     calibration: CalibrationSummary | None = None
@@ -71,20 +73,27 @@ class Lossy:
     judge: Closeness | None = None
     refusals: tuple[Refusal, ...] = ()
     statistics: Mapping[str, TensorStatistics] = field(default_factory=dict)
+    this: Job | None = None
+    robust: RobustChoice | None = None
 
 
 def lossy(this: Job, model: ir.Model, scheme: QuantScheme | None, prover: Prover, baseline: Path) -> Lossy:
     """Return what may be tried beside the float `model`, which lies in the file `baseline`; files go beside it."""
-    found = Lossy() if scheme is None else _quantize(this, model, scheme, prover, baseline)
+    found = _floats_alone(this) if scheme is None else _quantize(this, model, scheme, prover, baseline)
     if not job.wants_float16(this) and objection(this, "fp16") is not None:
         return found
     return replace(found, candidates=(*found.candidates, _half(this, model, baseline.parent)))
 
 
+def _floats_alone(this: Job) -> Lossy:
+    why = "--robust chose nothing: only floats are tried here, which are not calibrated"
+    return Lossy(why_not=why if this.options.robust else None)
+
+
 def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, baseline: Path) -> Lossy:
     if layers.is_quantized(model):
         return Lossy(why_not="the model holds quantized operators already: only exact passes ran")
-    found = from_ranges(this, model, scheme) if this.images is None else search(this, model, scheme, prover)
+    this, found, choice = _searched(this, model, scheme, prover)
     plain = _plain(this, found.quantizer, precision(this), baseline.parent)
     if plain.keep_float is None:
         why_not = "no node of the model can be quantized: only exact passes ran"
@@ -97,8 +106,22 @@ def _quantize(this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover, b
         found.records,
         judge=found.judge,
         statistics=found.statistics,
+        this=this,
+        robust=choice,
     )
     return _mixed(this, whole, plain, prover, baseline) if mixing.possible(this) else whole
+
+
+def _searched(
+    this: Job, model: ir.Model, scheme: QuantScheme, prover: Prover
+) -> tuple[Job, Found, RobustChoice | None]:
+    """Return how to quantize, the job that calibrates so, and what `--robust` chose that by."""
+    if this.images is None:
+        return this, from_ranges(this, model, scheme), None
+    if not this.options.robust:
+        return this, search(this, model, scheme, prover), None
+    kept = search_robustly(this, model, scheme, prover)
+    return kept.this, kept.found, kept.choice
 
 
 def _mixed(this: Job, found: Lossy, plain: Candidate, prover: Prover, baseline: Path) -> Lossy:

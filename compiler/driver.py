@@ -62,6 +62,7 @@ def _compile(
     float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
     baseline = save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
     found = lossy(this, float_model, scheme, prover, baseline.path)
+    this = found.this or this
     first = (baseline, *found.candidates)
     state = closing.close(this, found, State(first, trials.measure(this, first), trials.judge(this, first)), work)
     named = None if options.precision == "auto" else options.precision
@@ -96,6 +97,7 @@ def _compile(
         machine=devices.local_profile().title,
         seconds=time.perf_counter() - start,
         seed=options.seed,
+        robust=found.robust,
     )
     report = replace(report, headline=text.headline(report))
     _write(this, chosen, baseline, report, staged)

@@ -1,4 +1,4 @@
-"""evaluate(): one model or bundle on a folder of images, beside its original; and opening either kind to run."""
+"""A model or bundle on images, as they are or degraded, beside its original; and opening either kind to run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 
 from ..backends import base as backends
 from ..backends.ort import Session
+from ..calib import degrade as degradations
 from ..calib import folder as folders
 from ..calib import preprocess as preprocessing
-from . import bundle, devices, fidelity
+from . import bundle, devices, fidelity, robustness
 from . import model as model_io
-from .errors import DataError
+from .errors import DataError, UserError
 from .metrics import load_metric
-from .types import Artifact, Fidelity, Preprocess, Progress
+from .types import Artifact, Fidelity, Preprocess, Progress, Robustness, UnderCondition
 
 if TYPE_CHECKING:
     from ..backends.base import Runner
+
+#: How many images a model gets at once, and what the judged model is called beside its original.
+_BATCH, _RESULT = 8, "result"
 
 
 def evaluate(
@@ -32,34 +36,76 @@ def evaluate(
     progress: Progress,
 ) -> Fidelity:
     """See api.evaluate. DataError where there is neither a reference nor a label to judge by."""
-    runner = _judged(path, threads)
-    pre = _preprocess(path, preprocess, runner)
-    data = folders.open_folder(images, pre, runner.inputs)
-    labelled = data.labels() is not None
-    other = against or _source(path)
-    if other is None and not (labelled and metric is None):
+    runner, data, reference, labelled = _opened(path, images, against, metric, preprocess, threads)
+    if reference is None and not (labelled and metric is None):
         raise DataError(
             "nothing to judge by",
             where=str(images),
             fix="give --against ORIGINAL, or images in class folders",
         )
-    reference = open_any(other, threads, optimise=False) if other is not None else runner
-    result = fidelity.compare(
-        reference,
-        {"result": runner},
-        data.batches(8),
+    found = fidelity.compare(
+        reference or runner,
+        {_RESULT: runner},
+        data.batches(_BATCH),
         images=len(data),
         metric=load_metric(metric) if metric else None,
         labelled=labelled,
         seed=seed,
         progress=progress,
-    )
-    found = result["result"]
-    if other is None:  # by the labels alone: there is nothing to compare with
+    )[_RESULT]
+    if reference is None:  # by the labels alone: there is nothing to compare with
         found = replace(
             found, reference=None, reference_top5=None, drop=None, drop_low=None, drop_high=None, outputs=()
         )
     return found
+
+
+def evaluate_degraded(
+    path: Path,
+    images: Path,
+    degrade: str,
+    *,
+    against: Path | None,
+    metric: str | None,
+    preprocess: str | None,
+    threads: int,
+    seed: int,
+    progress: Progress,
+) -> Robustness:
+    """See api.robustness. UserError for names that are no conditions, DataError for arrays in place of images."""
+    conditions = _conditions(degrade)
+    runner, data, reference, labelled = _opened(path, images, against, metric, preprocess, threads)
+    under = degradations.under(data, conditions, seed)
+    seen = fidelity.compare_together(
+        reference or runner,
+        {} if reference is None else {_RESULT: runner},
+        folders.together(under, _BATCH),
+        images=len(data),
+        metric=load_metric(metric) if metric else None,
+        labelled=labelled,
+        progress=progress,
+    )
+    return robustness.judge(seen, None if reference is None else _RESULT, seed=seed)
+
+
+def _conditions(text: str) -> tuple[str, ...]:
+    """Return the conditions that `--degrade` names, clean in front."""
+    plan = degradations.parse(text)
+    if plan.kind != "conditions":
+        what = f"{plan.kind} is a way to calibrate; eval measures each condition by itself"
+        raise UserError(what, where=f"--degrade {text}", fix="give all, qrid or names: " + ", ".join(plan.conditions))
+    return (fidelity.CLEAN, *(name for name in plan.conditions if name != fidelity.CLEAN))
+
+
+def _opened(
+    path: Path, images: Path, against: Path | None, metric: str | None, preprocess: str | None, threads: int
+) -> tuple[Runner, folders.Folder, Runner | None, bool]:
+    """Return the model, the images, the reference where there is one, and whether the images have labels."""
+    runner = _judged(path, threads)
+    data = folders.open_folder(images, _preprocess(path, preprocess, runner), runner.inputs)
+    other = against or _source(path)
+    reference = None if other is None else open_any(other, threads, optimise=False)
+    return runner, data, reference, data.labels() is not None
 
 
 def _judged(path: Path, threads: int) -> Runner:
@@ -104,12 +150,32 @@ def _preprocess(path: Path, stated: str | None, runner: Runner) -> Preprocess | 
     return preprocessing.resolve(stated, path, runner.inputs[0])
 
 
-def to_json(path: Path, against: Path | None, result: Fidelity) -> dict[str, object]:
-    """Return the document that `eval --json` prints: one entry a condition."""
+def to_json(path: Path, against: Path | None, result: Fidelity | Robustness) -> dict[str, object]:
+    """Return the document that `eval --json` prints: one entry a condition.
+
+    An entry is the model's fidelity; with `--degrade` also `original`, `difference` and its `verdict`.
+    """
+    from .report import serial
+
+    document = {"model": str(path), "against": None if against is None else str(against)}
+    if not isinstance(result, Robustness):
+        return {**document, "conditions": {fidelity.CLEAN: serial.plain(result)}}
+    return {
+        **document,
+        "seed": result.seed,
+        "conditions": {name: _entry(found) for name, found in result.conditions.items()},
+        "together": list(result.together),
+        "notes": list(result.notes),
+    }
+
+
+def _entry(found: UnderCondition) -> dict[str, object]:
+    """Return a condition's entry; the figures of the original where there is nothing beside it."""
     from .report import serial
 
     return {
-        "model": str(path),
-        "against": None if against is None else str(against),
-        "conditions": {"clean": serial.plain(result)},
+        **serial.plain(found.fidelity or found.original),
+        "original": serial.plain(found.original),
+        "difference": serial.plain(found.difference),
+        "verdict": None if found.difference is None else found.difference.verdict,
     }

@@ -1,36 +1,30 @@
 """How close models are to the original on the same held-out images: the judge of every lossy pass.
 
-Algebra, per output y of the original and y' of the candidate, sums over all elements and images in float64:
-
-    SQNR    = 10 log10( sum y^2 / sum (y - y')^2 )  [dB]        cosine = sum y y' / sqrt(sum y^2 sum y'^2)
-
-The figure that `--max-drop` bounds, in points, chosen by what is there:
-
-    top1       100 (mean correct(y) - mean correct(y'))          labelled images, classifier-shaped output
-    agreement  100 (1 - mean [argmax y = argmax y'])             no labels, classifier-shaped output
-    boxes      100 (1 - F1 of the boxes at IoU 0.5)              a decoder was given
-    metric     100 (1 - mean score)                              the user's own function of two outputs
-    energy     100 sum (y - y')^2 / sum y^2, the worst output    anything else (1 point is 20 dB)
-
-Its 95 % interval comes from resampling the images (paired bootstrap, 1000 draws, seeded).
+All models see each image once, all of its conditions one after another; what is kept of it is a few numbers
+(per_image.py, which has the algebra), whatever the size of the outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
 from .boxes import match
 from .errors import DataError
-from .types import Fidelity, OutputFidelity, Progress, silent
+from .per_image import PerImage
+from .types import Fidelity, Progress, silent
 
 if TYPE_CHECKING:
     from ..backends.base import Runner
 
-_DRAWS = 1000
+_T = TypeVar("_T")
+
+#: The condition that the others are compared with.
+CLEAN = "clean"
 
 #: One image's outputs by name.
 Outputs = Mapping[str, np.ndarray]
@@ -53,6 +47,18 @@ class Batch(Protocol):
     rows: int
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What compare_together saw, image by image.
+
+    `candidates`: condition -> candidate -> it beside the original, both under the condition. `original`: condition ->
+    the original under the condition beside itself on clean images; empty where clean was not among the conditions.
+    """
+
+    candidates: Mapping[str, Mapping[str, PerImage]]
+    original: Mapping[str, PerImage]
+
+
 def compare(
     reference: Runner,
     candidates: Mapping[str, Runner],
@@ -68,15 +74,125 @@ def compare(
 
     `labelled` says that the batches' labels are the truth to judge by; without it they are ignored.
     """
-    tallies = {name: _Tally(metric, labelled) for name in candidates}
+    steps = ({"": batch} for batch in batches)
+    seen = compare_together(
+        reference, candidates, steps, images=images, metric=metric, labelled=labelled, progress=progress
+    )
+    return {name: found.fidelity(seed) for name, found in seen.candidates[""].items()}
+
+
+def compare_together(
+    reference: Runner,
+    candidates: Mapping[str, Runner],
+    steps: Iterable[Mapping[str, Batch]],
+    *,
+    images: int,
+    metric: Metric | None = None,
+    labelled: bool = False,
+    progress: Progress = silent,
+) -> Comparison:
+    """Run all models over the images under every condition in one pass; return what was seen image by image.
+
+    A step is the same images under each condition, by name (calib.folder.together); all steps have the same
+    conditions. Each model runs once for each condition of a step. Without candidates the original alone is looked at.
+    What compare returns is `PerImage.fidelity(seed)` of what is returned here; robustness.py compares across
+    candidates and conditions.
+    """
+    watch = _Watch(metric, labelled)
+    seen: dict[str, dict[str, _Tally]] = {}
+    original: dict[str, _Tally] = {}
     done = 0
-    for batch in batches:
-        expected = _real(reference.run(batch.feed), batch)
-        for name, runner in candidates.items():
-            tallies[name].add(expected, _same_outputs(expected, _real(runner.run(batch.feed), batch)), batch)
-        done += batch.count
-        progress("comparing with the original", done, images)
-    return {name: tally.fidelity(seed) for name, tally in tallies.items()}
+    for step in steps:
+        clean = watch.run(reference, step[CLEAN]) if CLEAN in step else None
+        for condition, batch in step.items():
+            expected = clean if clean is not None and condition == CLEAN else watch.run(reference, batch)
+            tallies = seen.setdefault(condition, {name: _Tally() for name in candidates})
+            for name, runner in candidates.items():
+                watch.add(tallies[name], expected, watch.run(runner, batch), batch)
+            if clean is not None:
+                watch.add(original.setdefault(condition, _Tally()), clean, expected, batch, condition)
+            done += batch.count
+            progress("comparing with the original", done, images * len(step))
+    return Comparison(
+        {condition: {name: t.per_image() for name, t in tallies.items()} for condition, tallies in seen.items()},
+        {condition: tally.per_image() for condition, tally in original.items()},
+    )
+
+
+# --------------------------------------------------------------------------------------------- watching
+
+
+@dataclass(eq=False)
+class _Ran:
+    """What a model gave for one batch; the boxes are decoded once, however often they are compared."""
+
+    outputs: dict[str, np.ndarray]
+    count: int
+    metric: Metric | None
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, np.ndarray]]:
+        """The outputs image by image."""
+        return [
+            {name: y[i] if y.ndim and len(y) == self.count else y for name, y in self.outputs.items()}
+            for i in range(self.count)
+        ]
+
+    @functools.cached_property
+    def boxes(self) -> list[np.ndarray]:
+        """The boxes image by image, (n, 6) float64."""
+        decode = self.metric.decode if self.metric else None
+        assert decode is not None
+        return [_theirs(_boxes, decode, row) for row in self.rows]
+
+
+@dataclass
+class _Tally:
+    """Per-image figures of one pair of models, batch after batch."""
+
+    energies: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    answers: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    right: list[np.ndarray] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)
+    scored: str = ""
+
+    def per_image(self) -> PerImage:
+        kind = self.scored or ("top1" if self.right else "agreement" if self.answers else "energy")
+        return PerImage(
+            kind,
+            {name: np.concatenate(rows) for name, rows in self.energies.items()},
+            {name: np.concatenate(rows) for name, rows in self.answers.items()},
+            np.concatenate(self.right).astype(np.float64) if self.right else None,
+            np.concatenate(self.scores) if self.scores else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Runs models and notes what `metric` and the labels make of their outputs."""
+
+    metric: Metric | None
+    labelled: bool
+
+    def run(self, runner: Runner, batch: Batch) -> _Ran:
+        return _Ran(_real(runner.run(batch.feed), batch), batch.count, self.metric)
+
+    def add(self, tally: _Tally, expected: _Ran, got: _Ran, batch: Batch, condition: str | None = None) -> None:
+        """Note one batch. `condition` is what the two differ in where that is not the model."""
+        _check_same(expected.outputs, got.outputs, condition)
+        for name, y in expected.outputs.items():
+            if isinstance(y, np.ndarray) and y.dtype.kind == "f" and y.size:
+                tally.energies.setdefault(name, []).append(_energies(y, got.outputs[name], batch.count))
+        primary = classes(expected.outputs)
+        if primary is not None:
+            y, z = (ran.outputs[primary].reshape(len(ran.outputs[primary]), -1) for ran in (expected, got))
+            tally.answers.setdefault(primary, []).append(y.argmax(1) == z.argmax(1))
+            if self.labelled and batch.labels is not None:
+                _check_labels(batch.labels, y.shape[1])
+                tally.right.append(np.stack([*_hits(y, batch.labels), *_hits(z, batch.labels)], axis=1))
+        if self.metric is not None:
+            tally.scored = "boxes" if self.metric.decode else "metric"
+            tally.scores.append(np.array(_judged(self.metric, expected, got), dtype=np.float64))
 
 
 def _real(outputs: Outputs, batch: Batch) -> dict[str, np.ndarray]:
@@ -89,17 +205,19 @@ def _real(outputs: Outputs, batch: Batch) -> dict[str, np.ndarray]:
     return {name: rows(y) for name, y in outputs.items()}
 
 
-def _same_outputs(expected: Outputs, got: Outputs) -> Outputs:
-    """Return `got`. DataError where it is not comparable with `expected`."""
+def _check_same(expected: Outputs, got: Outputs, condition: str | None) -> None:
+    """Raise DataError where `got` is not comparable with `expected`."""
     for name, y in expected.items():
         if name not in got or np.shape(got[name]) != np.shape(y):
             shape = np.shape(got[name]) if name in got else "missing"
+            if condition is not None:
+                what = f"output {name!r} is {shape} under {condition} and {np.shape(y)} on clean images"
+                raise DataError(what, where="--degrade", fix="leave it out: the outputs' shapes depend on the image")
             raise DataError(
                 f"output {name!r} is {shape} in one model and {np.shape(y)} in the other",
                 where="--against",
                 fix="compare a model with the one that it was made from",
             )
-    return got
 
 
 def classes(outputs: Outputs) -> str | None:
@@ -114,105 +232,6 @@ def classes(outputs: Outputs) -> str | None:
         ):
             return name
     return None
-
-
-@dataclass
-class _Tally:
-    """Per-image sums of one candidate; a few numbers an image, whatever the outputs' size."""
-
-    metric: Metric | None
-    labelled: bool
-    sums: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    agree: list[np.ndarray] = field(default_factory=list)
-    right: list[np.ndarray] = field(default_factory=list)
-    scores: list[np.ndarray] = field(default_factory=list)
-    agreements: dict[str, list[np.ndarray]] = field(default_factory=dict)
-
-    def add(self, expected: Outputs, got: Outputs, batch: Batch) -> None:
-        for name, y in expected.items():
-            if isinstance(y, np.ndarray) and y.dtype.kind == "f" and y.size:
-                self.sums.setdefault(name, []).append(_energies(y, got[name], batch.count))
-        primary = classes(expected)
-        if primary is not None:
-            y, z = (o[primary].reshape(len(o[primary]), -1) for o in (expected, got))
-            self.agree.append(y.argmax(1) == z.argmax(1))
-            self.agreements.setdefault(primary, []).append(self.agree[-1])
-            if self.labelled and batch.labels is not None:
-                _check_labels(batch.labels, y.shape[1])
-                self.right.append(np.stack([*_hits(y, batch.labels), *_hits(z, batch.labels)], axis=1))
-        if self.metric is not None:
-            rows = [
-                _judge_image(self.metric, _row(got, i, batch.count), _row(expected, i, batch.count))
-                for i in range(batch.count)
-            ]
-            self.scores.append(np.array(rows, dtype=np.float64))
-
-    def fidelity(self, seed: int) -> Fidelity:
-        outputs = tuple(self._output(name, np.concatenate(rows)) for name, rows in self.sums.items())
-        rng = np.random.default_rng(seed)
-        if self.scores:
-            return self._scored(np.concatenate(self.scores), outputs, rng)
-        if self.right:
-            return self._labelled(np.concatenate(self.right).astype(np.float64), outputs, rng)
-        if self.agree:
-            agree = np.concatenate(self.agree).astype(np.float64)
-            low, high = _bootstrap(agree, rng, lambda draw: 100 * (1 - draw.mean(1)))
-            value = 100 * float(agree.mean())
-            return Fidelity("agreement", len(agree), 100.0, value, 100 - value, low, high, outputs)
-        if not self.sums:
-            return Fidelity(
-                "energy", 0, None, None, None, None, None, reason="the model has no float output to compare"
-            )
-        return self._energy(outputs, rng)
-
-    def _output(self, name: str, sums: np.ndarray) -> OutputFidelity:
-        signal, error, dot, other = sums.sum(0)
-        sqnr = 10 * np.log10(signal / error) if error > 0 and signal > 0 else None
-        cosine = dot / np.sqrt(signal * other) if signal > 0 and other > 0 else None
-        agree = self.agreements.get(name)
-        agreement = None if agree is None else 100 * float(np.concatenate(agree).mean())
-        return OutputFidelity(
-            name, None if sqnr is None else float(sqnr), None if cosine is None else float(cosine), agreement
-        )
-
-    def _labelled(self, right: np.ndarray, outputs: tuple[OutputFidelity, ...], rng: np.random.Generator) -> Fidelity:
-        before, before5, after, after5 = 100 * right.mean(0)
-        low, high = _bootstrap(right[:, 0] - right[:, 2], rng, lambda draw: 100 * draw.mean(1))
-        return Fidelity(
-            "top1",
-            len(right),
-            float(before),
-            float(after),
-            float(before - after),
-            low,
-            high,
-            outputs,
-            top5=float(after5),
-            reference_top5=float(before5),
-        )
-
-    def _scored(self, scores: np.ndarray, outputs: tuple[OutputFidelity, ...], rng: np.random.Generator) -> Fidelity:
-        """`scores` is (n, 2): numerator and denominator an image, the figure being the ratio of their sums."""
-
-        def figure(draw: np.ndarray) -> np.ndarray:
-            total = draw[..., 1].sum(-1)
-            ratio: np.ndarray = np.divide(draw[..., 0].sum(-1), total, out=np.ones_like(total), where=total > 0)
-            return 100 * ratio
-
-        value = float(figure(scores))
-        low, high = _bootstrap(scores, rng, lambda draw: 100 - figure(draw))
-        name = "boxes" if self.metric and self.metric.decode else "metric"
-        return Fidelity(name, len(scores), 100.0, value, 100 - value, low, high, outputs)
-
-    def _energy(self, outputs: tuple[OutputFidelity, ...], rng: np.random.Generator) -> Fidelity:
-        rows = {name: np.concatenate(r)[:, :2] for name, r in self.sums.items()}
-        share = {name: r[:, 1].sum() / max(r[:, 0].sum(), np.finfo(float).tiny) for name, r in rows.items()}
-        worst = max(share, key=lambda name: share[name])
-        low, high = _bootstrap(
-            rows[worst], rng, lambda draw: 100 * draw[..., 1].sum(1) / np.maximum(draw[..., 0].sum(1), 1e-300)
-        )
-        drop = 100 * float(share[worst])
-        return Fidelity("energy", len(rows[worst]), 100.0, 100 - drop, drop, low, high, outputs)
 
 
 def _check_labels(labels: np.ndarray, classes: int) -> None:
@@ -238,32 +257,30 @@ def _hits(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return scores.argmax(1) == labels, (best == labels[:, None]).any(1)
 
 
-def _row(outputs: Outputs, i: int, count: int) -> dict[str, np.ndarray]:
-    return {name: y[i] if y.ndim and len(y) == count else y for name, y in outputs.items()}
-
-
-def _judge_image(metric: Metric, got: Outputs, expected: Outputs) -> tuple[float, float]:
-    """Return (numerator, denominator): 2 tp and 2 tp + fp + fn for boxes, (score, 1) for a score.
+def _judged(metric: Metric, expected: _Ran, got: _Ran) -> Sequence[tuple[float, float]]:
+    """Return (numerator, denominator) an image: 2 tp and 2 tp + fp + fn for boxes, (score, 1) for a score.
 
     DataError where the user's function fails or returns something else.
     """
+    if metric.decode is not None:
+        pairs = zip(got.boxes, expected.boxes, strict=True)
+        return [(2.0 * match(ours, theirs), float(len(ours) + len(theirs))) for ours, theirs in pairs]
+    score = metric.score
+    assert score is not None
+    found = [_theirs(lambda *pair: float(score(*pair)), *rows) for rows in zip(got.rows, expected.rows, strict=True)]
+    for value in found:
+        if not 0.0 <= value <= 1.0:
+            raise DataError(f"it returned {value}", where="--metric", fix="return a score from 0 to 1")
+    return [(value, 1.0) for value in found]
+
+
+def _boxes(decode: Callable[[Outputs], np.ndarray], row: Outputs) -> np.ndarray:
+    return np.asarray(decode(row), dtype=np.float64).reshape(-1, 6)
+
+
+def _theirs(call: Callable[..., _T], *args: object) -> _T:
+    """Call the user's function. DataError where it fails."""
     try:
-        if metric.decode is not None:
-            ours, theirs = (np.asarray(metric.decode(o), dtype=np.float64).reshape(-1, 6) for o in (got, expected))
-            return 2.0 * match(ours, theirs), float(len(ours) + len(theirs))
-        assert metric.score is not None
-        score = float(metric.score(got, expected))
+        return call(*args)
     except Exception as error:  # whatever a stranger's code raises is its own fault, and named as such
         raise DataError(f"{type(error).__name__}: {error}", where="--metric", fix="mend the function") from error
-    if not 0.0 <= score <= 1.0:
-        raise DataError(f"it returned {score}", where="--metric", fix="return a score from 0 to 1")
-    return score, 1.0
-
-
-def _bootstrap(
-    rows: np.ndarray, rng: np.random.Generator, figure: Callable[[np.ndarray], np.ndarray]
-) -> tuple[float, float]:
-    """Return the 2.5 % and 97.5 % points of `figure` over resampled rows; `figure` maps (draws, n, …) to (draws,)."""
-    draws = np.concatenate([figure(rows[rng.integers(0, len(rows), (1, len(rows)))]) for _ in range(_DRAWS)])
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from .errors import DataError, ModelError, UnavailableError, UserError
 from .metrics import load_metric
 from .options import PRECISIONS, Options
 from .proof import LARGE
+from .quantization import conditions
 from .types import DeviceProfile, FloatScheme, InputSpec, Preprocess, Progress, QuantScheme
 
 if TYPE_CHECKING:
@@ -30,7 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One compile: what was asked, resolved to objects."""
+    """One compile: what was asked, resolved to objects.
+
+    `images` are calibrated on, as `--degrade` has them; ranges are chosen for all of `conditions` where there are any.
+    The images to judge by are clean.
+    """
 
     path: Path
     options: Options
@@ -46,6 +52,7 @@ class Job:
     progress: Progress
     #: When the search shall end, on time.monotonic's clock; None where no time budget is stated.
     deadline: float | None = None
+    conditions: Mapping[str, folder.Folder] = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float | None:
@@ -76,6 +83,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
             f"this machine is not a {profile.title}", where="--target local", fix="leave --target out, or --device"
         )
     _check_judge(options)
+    _check_degrade(options)
     metric = load_metric(options.metric) if options.metric else None
     url = options.target or ("local" if here else None)
     backend = _backend(options, profile, url)
@@ -93,7 +101,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     elif images is not None:
         images, judged = images.split(options.seed)
     _refuse_unsupported(backend, profile, model)
-    return Job(
+    found = Job(
         path=path,
         options=options,
         profile=profile,
@@ -108,6 +116,40 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         progress=progress,
         deadline=deadline,
     )
+    if options.robust:
+        for some in (images, judged):
+            if some is not None:
+                conditions.check_images(some, "--robust")
+    return calibrated(found, options.degrade)
+
+
+def calibrated(this: Job, text: str) -> Job:
+    """Return a job whose images are clean as one that calibrates by `--degrade text`. Errors as of calibrated_on."""
+    if this.images is None:
+        return this
+    images, several = conditions.calibrated_on(this.images, text, this.options.seed)
+    return replace(this, images=images, conditions=several, options=replace(this.options, degrade=text))
+
+
+def _check_degrade(options: Options) -> None:
+    """Raise UserError for what `--degrade` and `--robust` cannot do, DataError where there are no images."""
+    plan = conditions.check(options.degrade, options.method)
+    changed = plan.conditions != (conditions.CLEAN,)
+    if not (changed or options.robust):
+        return
+    where = "--robust" if options.robust else f"--degrade {options.degrade}"
+    clashes = {
+        f"--degrade {options.degrade}": options.robust and changed,
+        f"--method {options.method}": options.robust and options.method != "auto",
+        f"--ranges {options.ranges}": options.ranges is not None,
+        f"--precision {options.precision}": options.precision in ("fp32", "fp16"),
+    }
+    clash = next((option for option, found in clashes.items() if found), None)
+    if clash is not None:
+        what = "they exclude each other: one says how to calibrate, the other leaves no choice in that"
+        raise UserError(what, where=f"{where} {clash}", fix="leave one of them out")
+    if options.calib is None:
+        raise DataError("there are no images to calibrate on", where=where, fix="add --calib FOLDER")
 
 
 def _check_judge(options: Options) -> None:

@@ -35,6 +35,8 @@ class Options:
     precision: str = "auto"
     method: str = "auto"
     without: tuple[str, ...] = ()
+    degrade: str = "clean"
+    robust: bool = False
     budget: Budget = Budget()
     time_budget: float | None = None
     threads: int = 0

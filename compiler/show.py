@@ -1,4 +1,4 @@
-"""What `inspect` and `bench` print: which view of which object."""
+"""What `inspect`, `eval` and `bench` print: which view of which object."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import files
 from .errors import DataError
 from .report import serial, terminal
-from .types import Inspection, Measurement, Report
+from .types import Fidelity, Inspection, Measurement, Report, Robustness
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +50,14 @@ def inspect(
         terminal.render(found, console)
     else:
         terminal.render_inspection(found, console)
+
+
+def quality(found: Fidelity | Robustness, console: Console) -> None:
+    """Show how well a model does the original's job, as images are or under each condition."""
+    if isinstance(found, Robustness):
+        terminal.render_robustness(found, console)
+    else:
+        terminal.render_fidelity(found, console)
 
 
 def bench(

@@ -501,66 +501,38 @@ class CalibrationSummary:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """How much better than calibrated on clean images, with the interval of that; negative where it is worse."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class RobustFigure:
-    """One way of calibrating under one condition, on held-out images.
-
-    `sqnr_db` is the mean over images of the outputs' SQNR against the FP32 original's under that condition; `score` the
-    figure of the task in percent. The gains are over clean calibration, in dB and in points, with 95 % intervals of
-    each row by itself; None for clean calibration. `verdict` is about `gain_db`.
-    """
-
-    condition: str
-    calibration: str
-    sqnr_db: float
-    score: float | None = None
-    gain_db: Gain | None = None
-    gain_points: Gain | None = None
-    verdict: Literal["", "better", "worse", "no difference shown"] = ""
-
-
-@dataclass(frozen=True)
 class RobustWay:
-    """One way of calibrating as a whole: its worst condition, and why it was kept or not.
+    """One way of calibrating, on held-out images under each condition, and why it was kept or not.
 
-    `gain_db` is that of the worst condition over clean calibration's worst condition, `clean_gain_db` that on clean
-    images; the intervals hold for all ways together with 95 %. None for clean calibration, and without images enough.
+    `under` has it beside the FP32 original. `sqnr_db`, by condition: the mean over images of its outputs' SQNR, of
+    which `worst` names the lowest. Beside clean calibration, above zero where it is worse, and empty or None for clean
+    calibration itself: `errors` in dB by condition, `losses` in points of the task's figure by condition (empty where
+    the task has none), and `worst_error` in dB, each of the two under its own worst condition.
     """
 
     calibration: str
-    worst: str
-    worst_db: float
-    gain_db: Gain | None
-    clean_gain_db: Gain | None
     kept: bool
     verdict: str
+    worst: str
+    sqnr_db: Mapping[str, float]
+    under: Robustness
+    errors: Mapping[str, Difference] = field(default_factory=dict)
+    losses: Mapping[str, Difference] = field(default_factory=dict)
+    worst_error: Difference | None = None
 
 
 @dataclass(frozen=True)
 class RobustChoice:
-    """Which way of calibrating `compile --robust` kept, and the evidence.
+    """Which way of calibrating `compile --robust` kept, and the evidence; no `ways` where nothing was compared.
 
-    `metric` names the scores' figure as Fidelity.metric does, None where the task has none; `reference` is the FP32
-    original's score by condition. `not_tried` are the ways for which the time budget left no time. Clean images may
-    lose at most `tolerance_db`. `why` is the sentence for the reader.
+    Clean images may come to err by `tolerance_db` more at most. `not_tried` are the ways for which the time budget left
+    no time. `why` is the sentence for the reader.
     """
 
     kept: str
     why: str
-    images: int
     tolerance_db: float
-    metric: str | None = None
-    reference: Mapping[str, float] = field(default_factory=dict)
     ways: tuple[RobustWay, ...] = ()
-    figures: tuple[RobustFigure, ...] = ()
     not_tried: tuple[str, ...] = ()
 
 

@@ -18,7 +18,7 @@ import pytest
 from edgec.backends.ort import OperatorTime
 from edgec.compiler.doctor import Finding
 from edgec.compiler.errors import UserError
-from edgec.compiler.report import charts, html, serial, terminal, text
+from edgec.compiler.report import axes, charts, html, serial, terminal, text
 from edgec.compiler.report.style import CSS
 from edgec.compiler.types import (
     Artifact,
@@ -709,7 +709,7 @@ def test_points_that_share_a_place_share_a_label() -> None:
 
 @pytest.mark.parametrize("low_high", [(0.0, 0.0), (0.3, 0.3), (0.31, 0.34), (0.0, 41.0), (-3.0, 0.1), (5e-4, 2e3)])
 def test_ticks_are_round_and_enclose(low_high: tuple[float, float]) -> None:
-    ticks = charts._ticks(*low_high)
+    ticks = axes.ticks(*low_high)
     assert ticks[0] <= low_high[0] + 1e-9 and ticks[-1] >= low_high[1] - 1e-9 and 2 <= len(ticks) <= 7
     assert np.ptp(np.diff(ticks)) <= 1e-9 * abs(ticks[-1] - ticks[0])
 

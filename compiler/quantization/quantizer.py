@@ -107,11 +107,16 @@ class Quantizer:
 
 def choose_ranges(statistics: Mapping[str, TensorStatistics], method: str, scheme: QuantScheme) -> dict[str, Range]:
     """Return each tensor's range by the method, for the scheme's activations."""
-    bits = 16 if (scheme.activation or "").endswith("int16") else 8
+    bits = activation_bits(scheme)
     return {
         name: calib_ranges.choose(stats, method, bits=bits, symmetric=scheme.symmetric)
         for name, stats in statistics.items()
     }
+
+
+def activation_bits(scheme: QuantScheme) -> int:
+    """Return the bits of the scheme's activations."""
+    return 16 if (scheme.activation or "").endswith("int16") else 8
 
 
 def _collapsed(errors: Mapping[str, LayerError]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The steps from a float model to few bits, each judged on calibration images and kept only if it comes closer.
 
 smooth, absorb, equalize    the float model is changed so that it quantizes better (float_steps.py)
-ranges           each tensor's range by minmax, percentile, entropy or mse (calib/ranges.py)
+ranges           each tensor's range by minmax, percentile, entropy or mse (calib/ranges.py); under several conditions
+                 for the worst of them, whatever the judge would say (conditions.py)
 bias-correction  each output is right on average: on exact inputs (sensitivity.py), or behind the layers that are
                  quantized already (layerwise.py)
 rounding         weights rounded so that each layer's output errs least, which corrects biases on its way (rounder.py)
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...calib import cache
+from ...calib import degrade
 from ...calib import ranges as calib_ranges
 from ...passes.placement import observed_tensors
 from ...passes.quant_params import needed_opset
@@ -33,8 +34,9 @@ from .. import pipeline
 from ..types import CalibrationSummary, PassRecord, QuantScheme, StepRecord, TensorStatistics
 from . import analytic_bias
 from .closeness import Closeness
+from .conditions import MINIMAX, sweep
 from .float_steps import FLOAT_STEPS, Context
-from .quantizer import Quantizer, choose_ranges
+from .quantizer import Quantizer
 from .rounder import calibration_feeds, follow_biases, round_weights
 
 if TYPE_CHECKING:
@@ -140,15 +142,13 @@ class _Search:
 
     def calibrate(self) -> None:
         """Sweep the images once, try the methods, correct biases, and keep what comes closest."""
-        options = self.this.options
-        methods = AUTO_METHODS if options.method == "auto" else (options.method,)
-        if (self.scheme.activation or "").startswith("float8") or not self.wanted("ranges"):
-            methods = ("minmax",) if options.method == "auto" else methods
+        options, methods = self.this.options, self._methods()
         start = time.perf_counter()
-        found = cache.collect_cached(
+        found = sweep(
             self.quantizer.model,
             observed_tensors(self.quantizer.model, self.quantizer.supports),
             self.images,
+            self.this.conditions,
             histogram=methods != ("minmax",),
             seed=options.seed,
             threads=self.this.threads,
@@ -158,8 +158,7 @@ class _Search:
         start = time.perf_counter()
         tried = []
         for method in methods:
-            ranges = choose_ranges(found.statistics, method, self.scheme)
-            quantizer = replace(self.quantizer, ranges=ranges, method=method)
+            quantizer = replace(self.quantizer, ranges=found.ranges(method, self.scheme), method=method)
             tried.append((self.decibels(quantizer), quantizer))
             self.this.progress("comparing ranges", len(tried), len(methods))
         first = tried[0][0]
@@ -176,7 +175,18 @@ class _Search:
             images_per_second=None if found.cached else len(self.images) / seconds,
             cached=found.cached,
             key=found.key,
+            degrade=degrade.parse(options.degrade).text,
         )
+
+    def _methods(self) -> tuple[str, ...]:
+        """Return the methods to compare: one where it is named, where there is no time, or where grids are not even."""
+        if self.this.options.method != "auto":
+            return (self.this.options.method,)
+        if (self.scheme.activation or "").startswith("float8"):
+            return ("minmax",)
+        if self.this.conditions:
+            return (MINIMAX,)
+        return AUTO_METHODS if self.wanted("ranges") else ("minmax",)
 
     def _corrected(self, tried: Sequence[tuple[float, Quantizer]]) -> Quantizer:
         """Return the closest quantizer after the biases of all that were tried are corrected."""

@@ -4,10 +4,11 @@ its size on a telephone and on a wide screen. Colours are classes of style.py. E
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+from . import axes
 
 _ROW = 46
 _HEIGHT = 152
@@ -30,7 +31,7 @@ def bars(title: str, rows: Sequence[Bar], full: float | None = None) -> str:
     """Return horizontal bars from zero, with whiskers for the intervals; `full` ends the scale (None: the largest)."""
     full = full or max((max(r.value, r.high or 0.0) for r in rows), default=0.0) or 1.0
     drawn = "".join(_bar(row, i * _ROW, 100 / full) for i, row in enumerate(rows))
-    return _svg(title, _ROW * len(rows), drawn)
+    return axes.svg(title, _ROW * len(rows), drawn)
 
 
 def _bar(row: Bar, top: int, scale: float) -> str:
@@ -39,12 +40,12 @@ def _bar(row: Bar, top: int, scale: float) -> str:
         f'<text class="label{strong}" x="0" y="{top + 15}">{escape(row.label)}</text>',
         f'<text class="figure{strong}" x="100%" y="{top + 15}" text-anchor="end">{escape(row.figure)}</text>',
         f'<rect class="track" x="0" y="{top + 24}" width="100%" height="8"/>',
-        f'<rect class="bar{strong}" x="0" y="{top + 24}" width="{_pc(row.value * scale)}" height="8"/>',
+        f'<rect class="bar{strong}" x="0" y="{top + 24}" width="{axes.pc(row.value * scale)}" height="8"/>',
     ]
     if row.low is not None and row.high is not None:
-        low, high, mid = _pc(row.low * scale), _pc(row.high * scale), top + 28
-        parts.append(_line("whisker", low, mid, high, mid))
-        parts += [_line("whisker", x, mid - 7, x, mid + 7) for x in (low, high)]
+        low, high, mid = axes.pc(row.low * scale), axes.pc(row.high * scale), top + 28
+        parts.append(axes.line("whisker", low, mid, high, mid))
+        parts += [axes.line("whisker", x, mid - 7, x, mid + 7) for x in (low, high)]
     return "".join(parts)
 
 
@@ -66,19 +67,21 @@ def scatter(title: str, points: Sequence[Point], *, right: float | None, limit: 
     or more than which no other is better in both. Points closer than a dot's width on a narrow screen share one label.
     """
     xs = [p.x for p in points] + ([] if right is None else [right])
-    across = _ticks(min(xs), max(xs))
-    down = _ticks(min(0.0, *(p.y for p in points)), max([p.y for p in points] + [limit or 0.0, 0.1]))
-    x, y = _Scale(across, 100.0), _Scale(down, float(_HEIGHT))
-    grid = "".join(_line("grid", "0", y.at(v), "100%", y.at(v)) for v in down)
+    across = axes.ticks(min(xs), max(xs))
+    down = axes.ticks(min(0.0, *(p.y for p in points)), max([p.y for p in points] + [limit or 0.0, 0.1]))
+    x, y = axes.Scale(across, 100.0), axes.Scale(down, float(_HEIGHT))
+    grid = "".join(axes.line("grid", "0", y.at(v), "100%", y.at(v)) for v in down)
     grid += "".join(_x_tick(x.at(v), v, across) for v in across[1:-1])
     if right is not None:
-        grid += _line("limit", _pc(x.at(right)), 0, _pc(x.at(right)), _HEIGHT)
+        grid += axes.line("limit", axes.pc(x.at(right)), 0, axes.pc(x.at(right)), _HEIGHT)
     if limit is not None:
-        grid += _line("limit", "0", y.at(limit), "100%", y.at(limit))
+        grid += axes.line("limit", "0", y.at(limit), "100%", y.at(limit))
     grid += _frontier(points, x, y)
     dots = "".join(_dot(p, x, y) for p in points)
     names = "".join(_name(group, x, y) for group in _close(points, x, y))
-    return _framed(_svg(title, _HEIGHT + _FOOT, grid + dots + names), [(y.at(v), _number(v, down)) for v in down])
+    return _framed(
+        axes.svg(title, _HEIGHT + _FOOT, grid + dots + names), [(y.at(v), axes.number(v, down)) for v in down]
+    )
 
 
 def best(points: Sequence[Point]) -> list[Point]:
@@ -90,38 +93,40 @@ def best(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def _frontier(points: Sequence[Point], x: _Scale, y: _Scale) -> str:
+def _frontier(points: Sequence[Point], x: axes.Scale, y: axes.Scale) -> str:
     held = best(points)
     if len(points) < 3:
         return ""
     pairs = zip(held, held[1:], strict=False)
-    return "".join(_line("frontier", _pc(x.at(p.x)), y.at(p.y), _pc(x.at(q.x)), y.at(q.y)) for p, q in pairs)
+    return "".join(
+        axes.line("frontier", axes.pc(x.at(p.x)), y.at(p.y), axes.pc(x.at(q.x)), y.at(q.y)) for p, q in pairs
+    )
 
 
 def _x_tick(at: float, value: float, ticks: Sequence[float]) -> str:
-    return _line("grid", _pc(at), 0, _pc(at), _HEIGHT) + _x_label(at, _number(value, ticks))
+    return axes.line("grid", axes.pc(at), 0, axes.pc(at), _HEIGHT) + _x_label(at, axes.number(value, ticks))
 
 
 def _x_label(at: float, label: str) -> str:
-    return f'<text class="tick" x="{_pc(at)}" y="{_HEIGHT + 17}" text-anchor="middle">{label}</text>'
+    return f'<text class="tick" x="{axes.pc(at)}" y="{_HEIGHT + 17}" text-anchor="middle">{label}</text>'
 
 
-def _dot(p: Point, x: _Scale, y: _Scale) -> str:
+def _dot(p: Point, x: axes.Scale, y: axes.Scale) -> str:
     strong = " strong" if p.strong else ""
     about = f"<title>{escape(p.about)}</title>"
-    return f'<circle class="dot{strong}" cx="{_pc(x.at(p.x))}" cy="{y.at(p.y):.1f}" r="6">{about}</circle>'
+    return f'<circle class="dot{strong}" cx="{axes.pc(x.at(p.x))}" cy="{y.at(p.y):.1f}" r="6">{about}</circle>'
 
 
-def _name(group: Sequence[Point], x: _Scale, y: _Scale) -> str:
+def _name(group: Sequence[Point], x: axes.Scale, y: axes.Scale) -> str:
     last = max(group, key=lambda p: p.x)
     at = x.at(last.x)
     side, anchor = (-11, "end") if at > 85 else (11, "start")
     text = escape(", ".join(p.label for p in group))
-    place = f'x="{_pc(at)}" y="{y.at(last.y) + 4:.1f}" dx="{side}" text-anchor="{anchor}"'
+    place = f'x="{axes.pc(at)}" y="{y.at(last.y) + 4:.1f}" dx="{side}" text-anchor="{anchor}"'
     return f'<text class="label{" strong" if any(p.strong for p in group) else ""}" {place}>{text}</text>'
 
 
-def _close(points: Sequence[Point], x: _Scale, y: _Scale) -> list[list[Point]]:
+def _close(points: Sequence[Point], x: axes.Scale, y: axes.Scale) -> list[list[Point]]:
     """Gather points that would share a place 300 pixels wide."""
     groups: list[list[Point]] = []
     for p in points:
@@ -146,10 +151,10 @@ class Column:
 
 def columns(title: str, found: Sequence[Column]) -> str:
     """Return one column a layer in the order of execution: hatched where it is in float, a gap where not judged."""
-    ticks = _ticks(0.0, max((c.value for c in found if c.value is not None), default=1.0))
-    y = _Scale(tuple(reversed(ticks)), float(_HEIGHT))
+    ticks = axes.ticks(0.0, max((c.value for c in found if c.value is not None), default=1.0))
+    y = axes.Scale(tuple(reversed(ticks)), float(_HEIGHT))
     slot = min(100 / len(found), 6.0)
-    drawn = "".join(_line("grid", "0", y.at(v), "100%", y.at(v)) for v in ticks)
+    drawn = "".join(axes.line("grid", "0", y.at(v), "100%", y.at(v)) for v in ticks)
     drawn += "".join(_column(c, i * slot, slot, y) for i, c in enumerate(found))
     ends = {0: "1", len(found) - 1: str(len(found))}
     drawn += "".join(_x_label((i + 0.5) * slot, label) for i, label in ends.items())
@@ -157,58 +162,16 @@ def columns(title: str, found: Sequence[Column]) -> str:
         '<defs><pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
         '<line class="hatch" x1="0" y1="0" x2="0" y2="6"/></pattern></defs>'
     )
-    return _framed(_svg(title, _HEIGHT + _FOOT, hatch + drawn), [(y.at(v), _number(v, ticks)) for v in ticks])
+    return _framed(axes.svg(title, _HEIGHT + _FOOT, hatch + drawn), [(y.at(v), axes.number(v, ticks)) for v in ticks])
 
 
-def _column(c: Column, left: float, slot: float, y: _Scale) -> str:
+def _column(c: Column, left: float, slot: float, y: axes.Scale) -> str:
     if c.value is None and not c.hollow:
         return ""
     top = 0.0 if c.hollow else y.at(max(0.0, c.value or 0.0))
     kind = "hollow" if c.hollow else "bar strong" if c.strong else "bar"
-    box = f'x="{_pc(left + 0.18 * slot)}" width="{_pc(0.64 * slot)}" y="{top:.1f}" height="{_HEIGHT - top:.1f}"'
+    box = f'x="{axes.pc(left + 0.18 * slot)}" width="{axes.pc(0.64 * slot)}" y="{top:.1f}" height="{_HEIGHT - top:.1f}"'
     return f'<rect class="{kind}" {box}><title>{escape(c.about)}</title></rect>'
-
-
-# --------------------------------------------------------------------------------------------- axes
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Maps [first tick, last tick] to [0, size]."""
-
-    ticks: Sequence[float]
-    size: float
-
-    def at(self, value: float) -> float:
-        return self.size * (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
-
-
-def _ticks(low: float, high: float, wanted: int = 4) -> tuple[float, ...]:
-    """Return evenly spaced round numbers, the first at or below `low`, the last at or above `high`."""
-    span = (high - low) or abs(high) or 1.0
-    raw = span / wanted
-    base = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * base for m in (1, 2, 2.5, 5, 10) if m * base >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return tuple(i * step for i in range(first, max(last, first + 1) + 1))
-
-
-def _number(value: float, ticks: Sequence[float]) -> str:
-    step = ticks[1] - ticks[0]
-    decimals = next((d for d in range(6) if abs(step - round(step, d)) < 1e-9), 6)
-    return f"{value + 0.0:.{decimals}f}"
-
-
-def _pc(value: float) -> str:
-    return f"{value:.2f}%"
-
-
-def _line(kind: str, x1: str, y1: float, x2: str, y2: float) -> str:
-    return f'<line class="{kind}" x1="{x1}" y1="{y1:.1f}" x2="{x2}" y2="{y2:.1f}"/>'
-
-
-def _svg(title: str, height: int, drawn: str) -> str:
-    return f'<svg role="img" width="100%" height="{height}"><title>{escape(title)}</title>{drawn}</svg>'
 
 
 def _framed(plot: str, ticks: Sequence[tuple[float, str]]) -> str:

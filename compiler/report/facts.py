@@ -43,12 +43,24 @@ def _calibration(report: Report, named: int = 3) -> str:
         return ""
     speed = "" if c.images_per_second is None else f", {c.images_per_second:,.0f} images/s"
     how = ", from the cache" if c.cached else speed
-    line = f"{text.count(c.images, 'image')}, {c.held_out:,} held out, {c.method}{how}"
+    line = f"{text.count(c.images, 'image')}, {c.held_out:,} held out, {c.method}{how}{_degraded(c.degrade)}"
     if not c.skipped:
         return line
     names = "; ".join(f"{r.node} ({r.why})" for r in c.skipped[:named])
     rest = f"; and {len(c.skipped) - named:,} more" if len(c.skipped) > named else ""
     return f"{line}; {text.count(len(c.skipped), 'file')} skipped: {names}{rest}"
+
+
+def _degraded(degrade: str) -> str:
+    """Say what the images were changed by; nothing for clean ones."""
+    kind, _, fraction = degrade.partition(":")
+    if kind == "clean":
+        return ""
+    if kind == "minimax":
+        return "; ranges for the worst of QRID's conditions (minimax), biases, weights and steps on their mixture"
+    if kind == "mixed":
+        return f"; {100 * float(fraction):.3g} % of the images degraded (mixed)"
+    return f"; each image under {'one of ' if ',' in kind else ''}{kind.replace(',', ', ')}"
 
 
 def _preprocessing(report: Report) -> str:

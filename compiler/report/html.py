@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from html import escape
 from itertools import accumulate
 
-from ..types import Layer, Report
-from . import charts, facts, layer_tables, tables, text
+from ..types import Layer, Report, RobustChoice
+from . import charts, facts, layer_tables, robust_tables, robustness_chart, tables, text
 from .grid import Table
 from .style import CSS
 
@@ -46,6 +46,7 @@ def render(report: Report) -> str:
         _quality(report),
         _attempts(report),
         _steps(report),
+        _robust(report),
         _sources(report),
         _size(report),
         _layers(report),
@@ -190,6 +191,40 @@ def _predictions(report: Report) -> str:
 def _steps(report: Report) -> str:
     table = tables.steps(report.steps)
     return _section(table.title, _table(table)) if table.rows else ""
+
+
+def _robust(report: Report) -> str:
+    found = robust_tables.tables(report.robust)
+    if not found:
+        return ""
+    first, *rest = found
+    inside = "".join(_details(table.title, _table(table)) for table in rest)
+    charted = "" if report.robust is None or not report.robust.ways else _robust_charts(report.robust)
+    return _section(first.title, _table(first) + charted + inside)
+
+
+def _robust_charts(choice: RobustChoice) -> str:
+    """The error of each way, and the figure of the task, under each condition; the way that was kept stands out."""
+    ways = sorted(choice.ways, key=lambda way: way.kept)
+    conditions = list(ways[0].sqnr_db)
+    series = [
+        robustness_chart.Series(
+            f"{text.clean(way.calibration)} beside clean",
+            [way.errors[c].value for c in conditions],
+            [way.errors[c].low for c in conditions],
+            [way.errors[c].high for c in conditions],
+        )
+        for way in ways
+        if way.errors
+    ]
+    title = "Error beside clean calibration, dB, by condition"
+    caption = "Error of the outputs beside clean calibration's, dB, with 95 % intervals: left of 0 is better."
+    shown = _figure(robustness_chart.dots(title, conditions, series, "dB"), caption)
+    if not any(way.losses for way in ways):
+        return shown
+    name = text.METRICS.get(ways[0].under.metric, "your metric")
+    caption = f"{name[0].upper()}{name[1:]} under each condition, %, calibrated as named."
+    return shown + _figure(robustness_chart.figures({way.calibration: way.under for way in ways}), caption)
 
 
 def _sources(report: Report) -> str:

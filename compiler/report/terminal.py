@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import facts, layer_tables, tables, text, tool_tables
+from . import facts, layer_tables, robust_tables, robustness_table, tables, text, tool_tables
 from .grid import Table
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ...backends.ort import OperatorTime
     from ..doctor import Finding
-    from ..types import DeviceProfile, Fidelity, Inspection, Measurement, Report
+    from ..types import DeviceProfile, Fidelity, Inspection, Measurement, Report, Robustness
 
 #: How many nodes of each rule are named without --why.
 NAMED = 2
@@ -40,6 +40,7 @@ def render(report: Report, console: Console) -> None:
         tables.attempts(report.attempts if len(report.attempts) > 1 else ()),
         tables.predictions(report.attempts),
         tables.steps(report.steps),
+        *robust_tables.tables(report.robust),
         layer_tables.sources(report),
         tables.passes(report.passes),
         tables.refusals(report, NAMED),
@@ -82,6 +83,15 @@ def render_fidelity(fidelity: Fidelity, console: Console) -> None:
     if fidelity.outputs:
         console.print()
         _table(tables.outputs(fidelity), console)
+
+
+def render_robustness(found: Robustness, console: Console) -> None:
+    """Print how well a model does the original's job under each condition, and the original its own."""
+    headline = robustness_table.headline(found)
+    if headline:
+        console.print(Text(headline, "bold"))
+        console.print()
+    _table(robustness_table.robustness(found), console)
 
 
 def render_inspection(found: Inspection, console: Console) -> None:
