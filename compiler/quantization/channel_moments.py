@@ -142,8 +142,9 @@ def _add(node: ir.Node, inputs: _Inputs) -> Moments | None:
         return None if known is None or number is None else replace(known, mean=known.mean + number)
     if len(a.mean) != len(b.mean):  # broadcast
         return None
-    unknown = a.variance is None or b.variance is None or not a.origins.isdisjoint(b.origins)
-    variance = None if unknown else np.add(a.variance, b.variance)  # type: ignore[arg-type]  # known, as just asked
+    variance = None
+    if a.variance is not None and b.variance is not None and a.origins.isdisjoint(b.origins):
+        variance = a.variance + b.variance
     return Moments(a.mean + b.mean, variance, a.origins | b.origins)
 
 
