@@ -94,7 +94,7 @@ def main() -> None:
     help="Images to calibrate on; a fifth of them is held out to judge by.",
 )
 @click.option("--ranges", type=_FILE, metavar="FILE", help="Ranges from edgec calibrate, in place of --calib.")
-@click.option("--eval", "eval_", type=_FILE, metavar="DIR", help="Images to judge by; its sub-folders are the classes.")
+@click.option("--eval", "eval_", type=_FILE, metavar="DIR", help="Images to judge by; sub-folders are classes, or box labels beside them.")
 @click.option(
     "--metric",
     metavar="MODULE:FUNCTION",
@@ -237,7 +237,8 @@ def calibrate(model: Path, images: Path, out: Path, **rest: Any) -> None:
 def evaluate(model: Path, images: Path, degrade: str | None, against: Path | None, as_json: bool, **rest: Any) -> None:
     """Judge a bundle or a model on images.
 
-    By labels where the sub-folders of IMAGES are classes, else beside the original.
+    By labels where the sub-folders of IMAGES are classes, or where box labels (YOLO or COCO) lie with them and --metric
+    decodes boxes; else beside the original.
     """
     from .compiler import api, evaluation, show
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .box_labels import BoxLabels
 from .sources import Feed, Item
 
 #: More threads than this decode no faster than a model can run on the same machine.
@@ -25,7 +26,8 @@ class Batch:
     """`count` samples: `feed` maps input names to arrays whose first dimension is the batch, of `rows` rows.
 
     Where the model's batch is fixed, or padding was asked for, there may be more rows than `count`: the last sample
-    repeated. `labels` (int64, `count`) is None for folders without classes; `names` are the items' names.
+    repeated. `labels` (int64, `count`) is None for folders without classes; `names` are the items' names, by which
+    `box_labels` has the objects on the images, where it was asked for and there is any.
     """
 
     feed: Mapping[str, np.ndarray]
@@ -33,6 +35,7 @@ class Batch:
     names: tuple[str, ...]
     count: int
     rows: int
+    box_labels: BoxLabels | None = None
 
 
 def decoded(

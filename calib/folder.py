@@ -18,7 +18,9 @@ import numpy as np
 
 from ..compiler.errors import DataError
 from ..compiler.types import InputSpec, Preprocess, Refusal
+from . import box_labels
 from .batches import Batch, Read, cores, decoded, grouped, stacked, workers_of
+from .box_labels import BoxLabels
 from .sources import ARRAYS, IMAGES, UNREADABLE, Arrays, Images, Item, Transform, readable, refusal, walk
 
 __all__ = ["Batch", "Folder", "cores", "open_folder", "together"]
@@ -28,7 +30,8 @@ __all__ = ["Batch", "Folder", "cores", "open_folder", "together"]
 class Folder:
     """The readable items of a folder, in the order of their paths, and how they are read.
 
-    `notes` are sentences for the report. Parts made by `subset` and `split` share what is known of the files.
+    `notes` are sentences for the report. `box_labels` are there where `with_box_labels` found any. Parts made by
+    `subset` and `split` share what is known of the files.
     """
 
     path: Path
@@ -38,6 +41,7 @@ class Folder:
     pre: Preprocess | None = None
     notes: tuple[str, ...] = ()
     transform_name: str = ""
+    box_labels: BoxLabels | None = None
     _classes: Mapping[str, int] | None = None
     _skipped: dict[str, Refusal] = field(default_factory=dict, repr=False)
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
@@ -64,6 +68,16 @@ class Folder:
     def labels(self) -> np.ndarray | None:
         """Return the class of each item (int64), or None where the sub-folders are no classes."""
         return self._labels(self._known)
+
+    def with_box_labels(self) -> Folder:
+        """Return the folder with the objects that label files say are on its images; itself where there are none.
+
+        DataError where a label file is broken (box_labels.py).
+        """
+        if not isinstance(self.source, Images):
+            return self
+        files = [item.file for item in self._known]
+        return dataclasses.replace(self, box_labels=box_labels.find(self.path, files, self.source.pre))
 
     def subset(self, indices: Iterable[int]) -> Folder:
         """Return the folder with only the items of these indices, in that order."""
@@ -143,7 +157,7 @@ class Folder:
         items, samples = zip(*group, strict=True)
         names, labels, count = tuple(item.name for item in items), self._labels(items), len(items)
         feeds = [stacked(each, rows) for each in zip(*samples, strict=True)]
-        return [Batch(feed, labels, names, count, max(count, rows)) for feed in feeds]
+        return [Batch(feed, labels, names, count, max(count, rows), self.box_labels) for feed in feeds]
 
     @property
     def _known(self) -> tuple[Item, ...]:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from ..compiler.errors import DataError
 from ..compiler.types import InputSpec, Preprocess
+from . import geometry
 
 #: What fills the border of a letterboxed image.
 LETTERBOX_GREY = 114
@@ -323,19 +324,16 @@ def _stretch(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
     """Resize the largest centred window that has the target's shape."""
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    right, bottom = min(left + width * scale, image.width), min(top + height * scale, image.height)
-    return image.resize((width, height), Image.Resampling.BILINEAR, box=(max(left, 0.0), max(top, 0.0), right, bottom))
+    box = geometry.largest(image.size, (width, height))
+    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
 def _letterbox(image: Image.Image, width: int, height: int) -> Image.Image:
     """Fit the whole image into the target, centred on grey."""
-    scale = min(width / image.width, height / image.height)
-    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    inner, corner = geometry.fitted(image.size, (width, height))
     canvas = Image.new(image.mode, (width, height), (LETTERBOX_GREY,) * len(image.getbands()))
     fitted = image if image.size == inner else image.resize(inner, Image.Resampling.BILINEAR)
-    canvas.paste(fitted, ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    canvas.paste(fitted, corner)
     return canvas
 
 

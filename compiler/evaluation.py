@@ -19,6 +19,7 @@ from .types import Artifact, Fidelity, Preprocess, Progress, Robustness, UnderCo
 
 if TYPE_CHECKING:
     from ..backends.base import Runner
+    from .fidelity import Metric
 
 #: How many images a model gets at once, and what the judged model is called beside its original.
 _BATCH, _RESULT = 8, "result"
@@ -36,28 +37,42 @@ def evaluate(
     progress: Progress,
 ) -> Fidelity:
     """See api.evaluate. DataError where there is neither a reference nor a label to judge by."""
-    runner, data, reference, labelled = _opened(path, images, against, metric, preprocess, threads)
-    if reference is None and not (labelled and metric is None):
+    judge = load_metric(metric) if metric else None
+    runner, data, reference = _opened(path, images, against, judge, preprocess, threads)
+    labelled = data.labels() is not None
+    by_labels = data.box_labels is not None or (labelled and judge is None)
+    if reference is None and not by_labels:
         raise DataError(
             "nothing to judge by",
             where=str(images),
-            fix="give --against ORIGINAL, or images in class folders",
+            fix="give --against ORIGINAL, or images in class folders, or for a detector box labels",
         )
     found = fidelity.compare(
         reference or runner,
         {_RESULT: runner},
         data.batches(_BATCH),
         images=len(data),
-        metric=load_metric(metric) if metric else None,
+        metric=judge,
         labelled=labelled,
         seed=seed,
         progress=progress,
     )[_RESULT]
-    if reference is None:  # by the labels alone: there is nothing to compare with
-        found = replace(
-            found, reference=None, reference_top5=None, drop=None, drop_low=None, drop_high=None, outputs=()
-        )
-    return found
+    return found if reference is not None else _alone(found)
+
+
+def _alone(found: Fidelity) -> Fidelity:
+    """Return what the labels alone say: there is nothing to compare with."""
+    boxes = None if found.boxes is None else replace(found.boxes, reference_ap50=None, reference_ap=None)
+    return replace(
+        found,
+        reference=None,
+        reference_top5=None,
+        drop=None,
+        drop_low=None,
+        drop_high=None,
+        outputs=(),
+        boxes=boxes,
+    )
 
 
 def evaluate_degraded(
@@ -74,15 +89,16 @@ def evaluate_degraded(
 ) -> Robustness:
     """See api.robustness. UserError for names that are no conditions, DataError for arrays in place of images."""
     conditions = _conditions(degrade)
-    runner, data, reference, labelled = _opened(path, images, against, metric, preprocess, threads)
+    judge = load_metric(metric) if metric else None
+    runner, data, reference = _opened(path, images, against, judge, preprocess, threads)
     under = degradations.under(data, conditions, seed)
     seen = fidelity.compare_together(
         reference or runner,
         {} if reference is None else {_RESULT: runner},
         folders.together(under, _BATCH),
         images=len(data),
-        metric=load_metric(metric) if metric else None,
-        labelled=labelled,
+        metric=judge,
+        labelled=data.labels() is not None,
         progress=progress,
     )
     return robustness.judge(seen, None if reference is None else _RESULT, seed=seed)
@@ -98,14 +114,16 @@ def _conditions(text: str) -> tuple[str, ...]:
 
 
 def _opened(
-    path: Path, images: Path, against: Path | None, metric: str | None, preprocess: str | None, threads: int
-) -> tuple[Runner, folders.Folder, Runner | None, bool]:
-    """Return the model, the images, the reference where there is one, and whether the images have labels."""
+    path: Path, images: Path, against: Path | None, judge: Metric | None, preprocess: str | None, threads: int
+) -> tuple[Runner, folders.Folder, Runner | None]:
+    """Return the model, the images, with their box labels for a decoder, and the reference where there is one."""
     runner = _judged(path, threads)
     data = folders.open_folder(images, _preprocess(path, preprocess, runner), runner.inputs)
+    if judge is not None and judge.decode is not None:
+        data = data.with_box_labels()
     other = against or _source(path)
     reference = None if other is None else open_any(other, threads, optimise=False)
-    return runner, data, reference, data.labels() is not None
+    return runner, data, reference
 
 
 def _judged(path: Path, threads: int) -> Runner:

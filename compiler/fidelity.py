@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from .boxes import match
+from .boxes import Matched, Ranked, joined, match
 from .errors import DataError
 from .per_image import PerImage
 from .types import Fidelity, Progress, silent
 
 if TYPE_CHECKING:
     from ..backends.base import Runner
+    from ..calib.box_labels import BoxLabels
 
 _T = TypeVar("_T")
 
@@ -43,8 +44,10 @@ class Batch(Protocol):
 
     feed: Mapping[str, np.ndarray]
     labels: np.ndarray | None
+    names: tuple[str, ...]
     count: int
     rows: int
+    box_labels: BoxLabels | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def compare(
 ) -> dict[str, Fidelity]:
     """Run all models over the images once and return the fidelity of each candidate.
 
-    `labelled` says that the batches' labels are the truth to judge by; without it they are ignored.
+    `labelled` says that the batches' labels are the truth to judge by; without it they are ignored. Box labels are the
+    truth for what a decoder gives wherever the batches have them.
     """
     steps = ({"": batch} for batch in batches)
     seen = compare_together(
@@ -127,15 +131,15 @@ class _Ran:
     """What a model gave for one batch; the boxes are decoded once, however often they are compared."""
 
     outputs: dict[str, np.ndarray]
-    count: int
+    batch: Batch
     metric: Metric | None
 
     @functools.cached_property
     def rows(self) -> list[dict[str, np.ndarray]]:
         """The outputs image by image."""
         return [
-            {name: y[i] if y.ndim and len(y) == self.count else y for name, y in self.outputs.items()}
-            for i in range(self.count)
+            {name: y[i] if y.ndim and len(y) == self.batch.count else y for name, y in self.outputs.items()}
+            for i in range(self.batch.count)
         ]
 
     @functools.cached_property
@@ -144,6 +148,14 @@ class _Ran:
         decode = self.metric.decode if self.metric else None
         assert decode is not None
         return [_theirs(_boxes, decode, row) for row in self.rows]
+
+    @functools.cached_property
+    def beside_labels(self) -> list[Matched]:
+        """The boxes beside those of the labels, image by image."""
+        labels = self.batch.box_labels
+        assert labels is not None
+        truth = (labels.boxes[name] for name in self.batch.names)
+        return [match(_fractions(ours, labels.size), theirs) for ours, theirs in zip(self.boxes, truth, strict=True)]
 
 
 @dataclass
@@ -154,6 +166,7 @@ class _Tally:
     answers: dict[str, list[np.ndarray]] = field(default_factory=dict)
     right: list[np.ndarray] = field(default_factory=list)
     scores: list[np.ndarray] = field(default_factory=list)
+    boxes: list[Ranked] = field(default_factory=list)
     scored: str = ""
 
     def per_image(self) -> PerImage:
@@ -164,6 +177,7 @@ class _Tally:
             {name: np.concatenate(rows) for name, rows in self.answers.items()},
             np.concatenate(self.right).astype(np.float64) if self.right else None,
             np.concatenate(self.scores) if self.scores else None,
+            _all_boxes(self.boxes),
         )
 
 
@@ -175,7 +189,7 @@ class _Watch:
     labelled: bool
 
     def run(self, runner: Runner, batch: Batch) -> _Ran:
-        return _Ran(_real(runner.run(batch.feed), batch), batch.count, self.metric)
+        return _Ran(_real(runner.run(batch.feed), batch), batch, self.metric)
 
     def add(self, tally: _Tally, expected: _Ran, got: _Ran, batch: Batch, condition: str | None = None) -> None:
         """Note one batch. `condition` is what the two differ in where that is not the model."""
@@ -190,9 +204,11 @@ class _Watch:
             if self.labelled and batch.labels is not None:
                 _check_labels(batch.labels, y.shape[1])
                 tally.right.append(np.stack([*_hits(y, batch.labels), *_hits(z, batch.labels)], axis=1))
-        if self.metric is not None:
-            tally.scored = "boxes" if self.metric.decode else "metric"
-            tally.scores.append(np.array(_judged(self.metric, expected, got), dtype=np.float64))
+        if self.metric is not None and self.metric.decode is not None:
+            _add_boxes(tally, expected, got, batch.box_labels)
+        elif self.metric is not None and self.metric.score is not None:
+            tally.scored = "metric"
+            tally.scores.append(np.array(_scores(self.metric.score, expected, got), dtype=np.float64))
 
 
 def _real(outputs: Outputs, batch: Batch) -> dict[str, np.ndarray]:
@@ -257,16 +273,45 @@ def _hits(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return scores.argmax(1) == labels, (best == labels[:, None]).any(1)
 
 
-def _judged(metric: Metric, expected: _Ran, got: _Ran) -> Sequence[tuple[float, float]]:
-    """Return (numerator, denominator) an image: 2 tp and 2 tp + fp + fn for boxes, (score, 1) for a score.
-
-    DataError where the user's function fails or returns something else.
-    """
-    if metric.decode is not None:
+def _add_boxes(tally: _Tally, expected: _Ran, got: _Ran, labels: BoxLabels | None) -> None:
+    """Note the boxes of one batch: both models' beside the labels, or the model's beside the original's."""
+    if labels is not None:
+        sides = [expected.beside_labels, got.beside_labels]
+        tally.scored, truth = "boxes-labelled", labels.kind
+    else:
         pairs = zip(got.boxes, expected.boxes, strict=True)
-        return [(2.0 * match(ours, theirs), float(len(ours) + len(theirs))) for ours, theirs in pairs]
-    score = metric.score
-    assert score is not None
+        sides = [[match(ours, _as_truth(theirs)) for ours, theirs in pairs]]
+        tally.scored, truth = "boxes", "original"
+    tally.scores.append(np.hstack([[found.f1 for found in side] for side in sides]))
+    best = [joined(found.best() for found in side) for side in sides]
+    tally.boxes.append(Ranked(truth, best[0] if labels is not None else None, best[-1]))
+
+
+def _all_boxes(found: Sequence[Ranked]) -> Ranked | None:
+    if not found:
+        return None
+    original = [each.original for each in found if each.original is not None]
+    model = joined(each.model for each in found)
+    return Ranked(found[0].truth, joined(original) if original else None, model)
+
+
+def _as_truth(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes (n, 6) as those that shall be found: all of them count."""
+    truth = boxes.copy()
+    truth[:, 4] = 1.0
+    return truth
+
+
+def _fractions(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return boxes in fractions of the input of `size` (height, width); where a coordinate exceeds 2 it has pixels."""
+    if not (boxes[:, :4] > 2).any():
+        return boxes
+    height, width = size
+    return boxes / (width, height, width, height, 1, 1)
+
+
+def _scores(score: Callable[[Outputs, Outputs], float], expected: _Ran, got: _Ran) -> list[tuple[float, float]]:
+    """Return (score, 1) an image. DataError where the user's function fails or returns something else."""
     found = [_theirs(lambda *pair: float(score(*pair)), *rows) for rows in zip(got.rows, expected.rows, strict=True)]
     for value in found:
         if not 0.0 <= value <= 1.0:

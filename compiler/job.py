@@ -111,7 +111,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         threads=options.threads or devices.usable_cores(),
         preprocess=pre,
         images=images,
-        judged=judged,
+        judged=_with_labels(judged, metric),
         metric=metric,
         progress=progress,
         deadline=deadline,
@@ -121,6 +121,12 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
             if some is not None:
                 conditions.check_images(some, "--robust")
     return calibrated(found, options.degrade)
+
+
+def _with_labels(judged: folder.Folder | None, metric: fidelity.Metric | None) -> folder.Folder | None:
+    """Return the images to judge by, for a decoder with the objects that are labelled on them. DataError if broken."""
+    decodes = metric is not None and metric.decode is not None
+    return judged.with_box_labels() if judged is not None and decodes else judged
 
 
 def calibrated(this: Job, text: str) -> Job:

@@ -1,7 +1,9 @@
 """The user's own judge, named on the command line as MODULE:FUNCTION.
 
 A function of one argument decodes one image's outputs (a dict of arrays by name, without the batch axis) into boxes,
-an array (n, 6) of x1, y1, x2, y2, score, class: models are then compared by the F1 of their boxes. A function of two
+an array (n, 6) of x1, y1, x2, y2, score, class: models are then compared by the F1 of their boxes, beside box labels
+where they lie with the images (calib/box_labels.py), else the model's beside the original's. Beside labels an image's
+boxes are fractions of the model's input where none of their coordinates exceeds 2, else pixels of it. A function of two
 arguments scores one image's outputs against the original's, from 0 to 1.
 """
 

@@ -4,11 +4,13 @@ Algebra, per output y of the original and z of the model, sums over elements in 
 
     SQNR = 10 log10( sum y^2 / sum (y - z)^2 )  [dB]        cosine = sum y z / sqrt(sum y^2 sum z^2)
 
-What is lost is, for each metric, a ratio of sums over the images i, in points: lost = 100 sum a_i / sum b_i with
+What is lost is, for each metric, a ratio of sums over the images i, or the difference of two, in points:
+lost = 100 (sum a_i / sum b_i - sum c_i / sum d_i), without c and d where they are not named, with
 
     top1       a = correct(y) - correct(z)       b = 1                labelled images, classifier-shaped output
     agreement  a = [argmax y != argmax z]        b = 1                no labels, classifier-shaped output
     boxes      a = boxes without a partner       b = all boxes        a decoder was given: 100 (1 - F1 at IoU 0.5)
+    boxes-labelled  a = 2 tp(y), c = 2 tp(z)     b, d = boxes + true boxes    a decoder and box labels: F1(y) - F1(z)
     metric     a = 1 - score                     b = 1                the user's own function of two outputs
     energy     a = sum (y - z)^2                 b = sum y^2          anything else, the worst output (1 point is 20 dB)
 
@@ -22,7 +24,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .types import Fidelity, OutputFidelity
+from .boxes import Ranked, average_precision
+from .types import BoxFidelity, Fidelity, OutputFidelity
 
 #: How often the images are drawn anew for an interval.
 DRAWS = 1000
@@ -38,7 +41,8 @@ class PerImage:
     `energies`: output -> (n, 4) float64, sums of y^2, (y - z)^2, y z, z^2; a row a batch where the output has no batch
     axis. `answers`: output -> (n,) bool, whether both give the same class. `right`: (n, 4) float64, the original's
     top-1 and top-5 hits, then the model's. `scores`: (n, 2) float64, numerator and denominator of F1 or of the user's
-    score. What does not apply is empty or None.
+    score; (n, 4) beside box labels, the original's two, then the model's. `boxes`: all boxes that were compared. What
+    does not apply is empty or None.
     """
 
     metric: str
@@ -46,10 +50,16 @@ class PerImage:
     answers: Mapping[str, np.ndarray] = field(default_factory=dict)
     right: np.ndarray | None = None
     scores: np.ndarray | None = None
+    boxes: Ranked | None = None
 
     @property
     def lost(self) -> np.ndarray | None:
-        """The columns (a, b) of the algebra above, (n, 2) float64; None where there is nothing to compare."""
+        """The columns (a, b) or (a, b, c, d) of the algebra above, (n, 2) or (n, 4) float64.
+
+        None where there is nothing to compare.
+        """
+        if self.metric == "boxes-labelled":
+            return self.scores
         if self.scores is not None:
             return np.stack([self.scores[:, 1] - self.scores[:, 0], self.scores[:, 1]], axis=1)
         if self.right is not None:
@@ -77,14 +87,16 @@ class PerImage:
         if lost is None:
             why = "the model has no float output to compare"
             return Fidelity("energy", 0, None, None, None, None, None, reason=why)
-        drop = 100 * float(_share(*lost.sum(0)))
+        drop = 100 * float(ratio(lost.sum(0)))
         low, high = interval(100 * ratio(resampled(lost, seed)))
         if self.metric == "top1" and self.right is not None:
             before, before5, after, after5 = (float(mean) for mean in 100 * self.right.mean(0))
             return Fidelity(
                 "top1", len(lost), before, after, drop, low, high, outputs, top5=after5, reference_top5=before5
             )
-        return Fidelity(self.metric, len(lost), 100.0, 100 - drop, drop, low, high, outputs)
+        before = 100.0 if lost.shape[1] == 2 else 100 * float(ratio(lost.sum(0)[:2]))
+        boxes = None if self.boxes is None else _precision(self.boxes)
+        return Fidelity(self.metric, len(lost), before, before - drop, drop, low, high, outputs, boxes=boxes)
 
     def _output(self, name: str, sums: np.ndarray) -> OutputFidelity:
         signal, error, dot, other = sums.sum(0)
@@ -98,6 +110,17 @@ class PerImage:
         return max(columns, key=lambda c: float(_share(*c.sum(0))), default=None)
 
 
+def _precision(found: Ranked) -> BoxFidelity:
+    after = _percent(average_precision(found.model))
+    before = (100.0, 100.0) if found.original is None else _percent(average_precision(found.original))
+    return BoxFidelity(found.truth, len(found.model.truth), *after, *before)
+
+
+def _percent(found: np.ndarray | None) -> tuple[float | None, float | None]:
+    """Return AP at IoU 0.5 and the mean over all IoUs, in percent."""
+    return (None, None) if found is None else (100 * float(found[0]), 100 * float(found.mean()))
+
+
 def _over_one(a: np.ndarray) -> np.ndarray:
     return np.stack([a.astype(np.float64), np.ones(len(a))], axis=1)
 
@@ -109,8 +132,9 @@ def _share(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """Return the ratio of the last axis's two sums, (…, 2) -> (…); 0 where both are 0."""
-    return _share(sums[..., 0], sums[..., 1])
+    """Return a / b of the last axis's two sums, or a / b - c / d of its four, (…, 2 or 4) -> (…); 0 / 0 is 0."""
+    first = _share(sums[..., 0], sums[..., 1])
+    return first if sums.shape[-1] == 2 else first - _share(sums[..., 2], sums[..., 3])
 
 
 def resampled(columns: np.ndarray, seed: int, draws: int = DRAWS) -> np.ndarray:

@@ -3,7 +3,7 @@
 Algebra. Let a_ci, b_ci be an image's columns under condition c, of which per_image.py makes what is lost:
 
     lost_c      = 100 sum_i a_ci / sum_i b_ci      [points]    in dB: mean_i of image i's relative error energy
-    difference  = lost_c                           with labels: the original's top-1 less the model's, both under c
+    difference  = lost_c                           with labels: the original's figure less the model's, both under c
                 = lost_c - lost_clean              without: what the model answers unlike its original is never below
                                                    0, so what counts is whether it is more than on clean images
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from .fidelity import CLEAN, Comparison
 from .per_image import PerImage, interval, ratio, resampled
-from .types import Difference, Robustness, UnderCondition, Verdict
+from .types import LABELLED, Difference, Robustness, UnderCondition, Verdict
 
 #: How many images must differ before a difference is shown.
 LEAST_DIFFERING = 6
@@ -58,14 +58,14 @@ def paired(a: PerImage, b: PerImage | None = None, *, seed: int = 0) -> Differen
     columns = np.stack([_columns(side) for side in sides], axis=1)  # ValueError where the images are not the same
 
     def figure(sums: np.ndarray) -> np.ndarray:
-        """Map sums (…, sides, 2) to the difference (…)."""
+        """Map sums (…, sides, 2 or 4) to the difference (…)."""
         lost = scale * ratio(sums)
         result: np.ndarray = lost[..., 0] - (lost[..., 1] if len(sides) == 2 else 0.0)
         return result
 
     draws = figure(resampled(columns, seed))
     low, high = interval(draws)
-    differing = int(np.count_nonzero(figure(columns)))
+    differing = int(np.count_nonzero(figure(columns) if columns.shape[-1] == 2 else _unlike(columns)))
     return Difference(
         value=float(figure(columns.sum(0))),
         low=low,
@@ -78,8 +78,19 @@ def paired(a: PerImage, b: PerImage | None = None, *, seed: int = 0) -> Differen
     )
 
 
+def _unlike(columns: np.ndarray) -> np.ndarray:
+    """Return (n,) bool: the images on which the two sides' counts (n, sides, 4) differ.
+
+    One side alone is an original and a model, (a, b) and (c, d). More false boxes change the F1 of all images, and not
+    that of an image without objects.
+    """
+    halves = columns.reshape(len(columns), 2, -1)
+    unlike: np.ndarray = (halves[:, 0] != halves[:, 1]).any(-1)
+    return unlike
+
+
 def _columns(seen: PerImage) -> np.ndarray:
-    """Return the columns (n, 2) whose ratio of sums is compared."""
+    """Return the columns (n, 2 or 4) whose ratios of sums are compared."""
     if seen.metric == "energy":
         return np.stack([seen.error_db, np.ones(len(seen.error_db))], axis=1)
     lost = seen.lost
@@ -99,7 +110,7 @@ def judge(seen: Comparison, candidate: str | None = None, *, seed: int = 0) -> R
     for condition, original in seen.original.items():
         found = None if candidate is None else seen.candidates[condition][candidate]
         difference = None
-        if found is not None and found.metric == "top1":
+        if found is not None and found.metric in LABELLED:
             difference = paired(found, seed=seed)
         elif found is not None and candidate is not None and condition != CLEAN and found.lost is not None:
             difference = paired(found, seen.candidates[CLEAN][candidate], seed=seed)
@@ -133,6 +144,7 @@ def _p_value(d: Difference) -> float:
 _MEANING: Mapping[str, str] = {
     "top1": "lost: the original's top-1 less the result's under the same condition, in points",
     "agreement": "more lost: answers unlike the original's, less those on clean images, in points",
+    "boxes-labelled": "lost: the original's F1 less the result's under the same condition, in points",
     "boxes": "more lost: boxes unlike the original's, less those on clean images, in points",
     "metric": "more lost: score against the original, below that on clean images, in points",
     "energy": "more lost: error against the original, less that on clean images, mean over the images, in dB",

@@ -288,10 +288,31 @@ class OutputFidelity:
 
 
 @dataclass(frozen=True)
+class BoxFidelity:
+    """How well a detector's boxes find the true ones: COCO's average precision (compiler/boxes.py), in percent.
+
+    `truth` says what the true boxes are: YOLO or COCO (labels), or original (its own boxes); there are `boxes` of them.
+    `ap50` is at IoU 0.5, `ap` the mean over 0.5, 0.55, … 0.95, of this model and, as `reference_…`, of the original.
+    None where there is no true box, or no original.
+    """
+
+    truth: str
+    boxes: int
+    ap50: float | None
+    ap: float | None
+    reference_ap50: float | None
+    reference_ap: float | None
+
+
+#: The metrics whose figures are beside labels; those of the others are beside the original.
+LABELLED = frozenset({"top1", "boxes-labelled"})
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """How well a model does the original's job on held-out images.
 
-    `metric` is one of top1, agreement, boxes, energy, or the user's own; `reference` and `value` are
+    `metric` is one of top1, agreement, boxes, boxes-labelled, energy, or the user's own; `reference` and `value` are
     that figure for the original and for this model; `drop` is what was lost, in points, with its paired
     95 % interval (`drop_low`, `drop_high`). None with a `reason` where nothing could be judged.
     """
@@ -307,6 +328,7 @@ class Fidelity:
     top5: float | None = None
     reference_top5: float | None = None
     reason: str | None = None
+    boxes: BoxFidelity | None = None
 
 
 #: What a comparison on the same images shows, at 95 %.

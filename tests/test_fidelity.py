@@ -22,6 +22,8 @@ class Batch:
     labels: np.ndarray | None
     count: int
     rows: int = 4
+    names: tuple = ()
+    box_labels: object = None
 
 
 def batches(n, labels=None, last=4):

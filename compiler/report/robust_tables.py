@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..types import Difference, RobustChoice, RobustWay
+from ..types import LABELLED, Difference, RobustChoice, RobustWay
 from . import text
 from .grid import Table, columns
 
@@ -56,7 +56,7 @@ def figures(choice: RobustChoice) -> Table:
         scores = [text.fixed(under.original.value, 2), *(_score(way, condition) for way in choice.ways)]
         decibels = [text.fixed(way.sqnr_db[condition], 1) for way in choice.ways]
         rows.append((text.clean(condition), *(scores if scored else []), *decibels))
-    what = "" if not scored else f"%: {name}; FP32's own beside the labels" if first.metric == "top1" else ""
+    what = "" if not scored else f"%: {name}; FP32's own beside the labels" if first.metric in LABELLED else ""
     if scored and not what:
         what = f"%: {name}, FP32's own beside itself on clean images, the others' beside FP32 under the condition"
     notes = (*filter(None, [what]), "everything quantized, before mixed precision; dB: SQNR as above")

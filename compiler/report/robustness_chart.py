@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ..types import Robustness
+from ..types import LABELLED, Robustness
 from . import axes, text
 
 _LANE, _GAP, _FOOT, _LETTER = 13, 9, 22, 7
@@ -121,7 +121,7 @@ def figures(found: Mapping[str, Robustness]) -> str:
         Series(model, [c.fidelity.value if c.fidelity else None for c in r.conditions.values()])
         for model, r in found.items()
     ]
-    if first.metric == "top1":
+    if first.metric in LABELLED:
         series.insert(0, Series("original", [c.original.value for c in first.conditions.values()], reference=True))
     return dots(f"{name} under each condition, %", list(first.conditions), series, "%")
 

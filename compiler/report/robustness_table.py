@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..types import Fidelity, Robustness, UnderCondition
-from . import text
+from ..types import LABELLED, BoxFidelity, Fidelity, Robustness, UnderCondition
+from . import tables, text
 from .grid import Table, columns
 
 
@@ -18,15 +18,35 @@ def robustness(found: Robustness) -> Table:
     for _, c in rows:
         if c.original.value is None:
             return Table(title, (), (), (f"not judged: {text.why(c.original)}",))
-    labelled = found.metric == "top1"
+    labelled = found.metric in LABELLED
+    judged = next(tables.judged_by(c.original) for _, c in rows) if labelled else ()
     if all(c.fidelity is None for _, c in rows):
-        heads = columns("", f"#{'top-1' if labelled else 'beside clean'}", "#lost, points", "#95 % interval")
-        return Table(title, heads, tuple((text.clean(n), *_own(c), _own_interval(c)) for n, c in rows))
+        heads = columns("", f"#{name if labelled else 'beside clean'}", "#lost, points", "#95 % interval")
+        return Table(title, heads, tuple((text.clean(n), *_own(c), _own_interval(c)) for n, c in rows), judged)
     own = ("#original", "#its\nloss") if labelled else ("#original",)
     heads = columns("", *own, "#result", "#lost" if labelled else "#more\nlost", "#95 % interval", "verdict")
-    about = f"original: beside {'the labels; its loss: beside its top-1' if labelled else 'itself'} on clean images"
-    cells = ((text.clean(n), *_own(c)[: len(own)], *_result(c)) for n, c in rows)
-    return Table(title, heads, tuple(cells), (about, *found.notes))
+    about = f"original: beside {f'the labels; its loss: beside its {name}' if labelled else 'itself'} on clean images"
+    cells = tuple((text.clean(n), *_own(c)[: len(own)], *_result(c)) for n, c in rows)
+    return Table(title, heads, cells, (*judged, about, *found.notes))
+
+
+def precision(found: Robustness) -> Table:
+    """One row a condition: average precision of the original and of the model; empty where no boxes are judged."""
+    beside = {name: c.fidelity or c.original for name, c in found.conditions.items()}
+    judged = {name: f.boxes for name, f in beside.items() if f.boxes is not None}
+    if not judged:
+        return Table("", (), ())
+    labelled = found.metric in LABELLED
+    alone = all(c.fidelity is None for c in found.conditions.values())
+    sides = [*(["original"] if labelled and not alone else []), "original" if alone else "result"]
+    heads = [f"#{side}\n{what}" for side in sides for what in ("IoU 0.5", "0.5-0.95")]
+    rows = tuple((text.clean(name), *_ap(b)[-len(heads) :]) for name, b in judged.items())
+    truth = "the labels" if labelled else "the original's boxes" + (" on clean images" if alone else "")
+    return Table("Average precision under each condition, %", columns("", *heads), rows, (f"beside {truth}",))
+
+
+def _ap(b: BoxFidelity) -> tuple[str, ...]:
+    return tuple(text.fixed(value, 2) for value in (b.reference_ap50, b.reference_ap, b.ap50, b.ap))
 
 
 def headline(found: Robustness) -> str:
@@ -34,7 +54,7 @@ def headline(found: Robustness) -> str:
     shown = {name: c.difference.verdict for name, c in found.conditions.items() if c.difference is not None}
     if not shown:
         return ""
-    beside = "than the original" if found.metric == "top1" else "than on clean images"
+    beside = "than the original" if found.metric in LABELLED else "than on clean images"
     said = []
     for verdict in ("worse", "better"):
         names = [text.clean(name) for name, v in shown.items() if v == verdict]

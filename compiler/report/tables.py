@@ -128,7 +128,28 @@ def quality(fidelity: Fidelity | None, budget: Budget | None = None) -> Table:
     if fidelity.top5 is not None and fidelity.reference_top5 is not None:
         drop = fidelity.reference_top5 - fidelity.top5
         rows.append(("top-5", *_points(fidelity.reference_top5, fidelity.top5, drop), ""))
-    return Table(title, titles, tuple(rows), _budget(fidelity, budget))
+    rows += [(*row, "") for row in _precision(fidelity)]
+    return Table(title, titles, tuple(rows), (*judged_by(fidelity), *_budget(fidelity, budget)))
+
+
+def _precision(fidelity: Fidelity) -> list[tuple[str, ...]]:
+    """Average precision, for the original and for the result, and what was lost of it."""
+    b = fidelity.boxes
+    if b is None or b.ap is None:
+        return []
+    pairs = {"AP at IoU 0.5": (b.reference_ap50, b.ap50), "AP, IoU 0.5-0.95": (b.reference_ap, b.ap)}
+    return [(name, *_points(before, after, _difference(before, after))) for name, (before, after) in pairs.items()]
+
+
+def judged_by(fidelity: Fidelity) -> tuple[str, ...]:
+    """Say which boxes are the true ones."""
+    b = fidelity.boxes
+    if b is None:
+        return ()
+    found = f"{text.count(fidelity.images, 'image')}, {text.count(b.boxes, 'box')}"
+    if b.truth == "original":
+        return (f"judged by the original's boxes: {found}",)
+    return (f"judged by box labels: {found} ({text.clean(b.truth)})",)
 
 
 def _points(*values: float | None) -> tuple[str, ...]:

@@ -92,6 +92,10 @@ def render_robustness(found: Robustness, console: Console) -> None:
         console.print(Text(headline, "bold"))
         console.print()
     _table(robustness_table.robustness(found), console)
+    precision = robustness_table.precision(found)
+    if precision.rows:
+        console.print()
+        _table(precision, console)
 
 
 def render_inspection(found: Inspection, console: Console) -> None:

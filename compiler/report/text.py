@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from ..types import Fidelity, Measurement, OutputFidelity, Report
+from ..types import LABELLED, Fidelity, Measurement, OutputFidelity, Report
 
 MISSING = "-"
 
@@ -17,6 +17,7 @@ METRICS: Mapping[str, str] = {
     "top1": "top-1",
     "agreement": "top-1 agreement",
     "boxes": "box agreement (F1)",
+    "boxes-labelled": "box F1",
     "metric": "your metric",
     "energy": "signal kept",
 }
@@ -121,7 +122,7 @@ def interval(low: float | None, high: float | None, decimals: int) -> str:
 
 def count(number: int, noun: str) -> str:
     """Return a count with its noun: 1 image, 1,200 images, 2 passes."""
-    plural = "es" if noun.endswith("s") else "s"
+    plural = "es" if noun.endswith(("s", "x")) else "s"
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
@@ -214,8 +215,8 @@ def quality(fidelity: Fidelity | None) -> str:
         return ""
     if fidelity.value is None:
         return f"quality not judged ({why(fidelity)})"
-    if fidelity.metric == "top1":
-        return f"top-1 {percent(fidelity.value)} (original {percent(fidelity.reference)})"
+    if fidelity.metric in LABELLED:
+        return f"{METRICS[fidelity.metric]} {percent(fidelity.value)} (original {percent(fidelity.reference)})"
     if fidelity.metric == "energy":
         return f"error energy {percent(fidelity.drop)} of the signal's"
     return f"{METRICS.get(fidelity.metric, clean(fidelity.metric))} {percent(fidelity.value)}"
