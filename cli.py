@@ -94,7 +94,13 @@ def main() -> None:
     help="Images to calibrate on; a fifth of them is held out to judge by.",
 )
 @click.option("--ranges", type=_FILE, metavar="FILE", help="Ranges from edgec calibrate, in place of --calib.")
-@click.option("--eval", "eval_", type=_FILE, metavar="DIR", help="Images to judge by; sub-folders are classes, or box labels beside them.")
+@click.option(
+    "--eval",
+    "eval_",
+    type=_FILE,
+    metavar="DIR",
+    help="Images to judge by; sub-folders are classes, or box labels beside them.",
+)
 @click.option(
     "--metric",
     metavar="MODULE:FUNCTION",

@@ -17,6 +17,7 @@ import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 #: Raised whenever the pixels change for a condition, seed and name: caches are keyed with it.
-VERSION = 1
+VERSION = 2
 #: What part of the images `mixed` degrades where no fraction is given: each of QRID's conditions gets as many.
 MIXED = 1 - 1 / len(QRID)
 
@@ -183,20 +184,18 @@ def _degraded(condition: str, seed: int, image: Image.Image, name: str) -> Image
     degradation, parameter = CONDITIONS[condition], parameter_of(condition, seed, name)
     if parameter == degradation.neutral:
         return image
-    rng = np.random.default_rng(int.from_bytes(_hash("pixels", condition, seed, name), "big"))
+    rng = Random(int.from_bytes(_hash("pixels", condition, seed, name), "big"))
     return degrade(image, degradation, parameter, rng)
 
 
-def degrade(image: Image.Image, degradation: Degradation, parameter: float, rng: np.random.Generator) -> Image.Image:
+def degrade(image: Image.Image, degradation: Degradation, parameter: float, rng: Random) -> Image.Image:
     """Return a degraded copy in mode L, LA, RGB or RGBA, with the alpha of `image`."""
     known = _eight_bit(image)
-    pixels = np.asarray(known)
-    if pixels.ndim == 2:
-        return Image.fromarray(degradation.function(pixels[:, :, None], parameter, rng)[:, :, 0])
-    if known.mode == "RGB":
-        return Image.fromarray(degradation.function(pixels, parameter, rng))
-    colour = degradation.function(np.ascontiguousarray(pixels[:, :, :-1]), parameter, rng)
-    return Image.fromarray(np.concatenate([colour, pixels[:, :, -1:]], axis=2))
+    if known.mode in ("L", "RGB"):
+        return degradation.function(known, parameter, rng)
+    out = degradation.function(known.convert(known.mode[:-1]), parameter, rng)
+    out.putalpha(known.getchannel("A"))
+    return out
 
 
 #: Pillow's other modes that are not simply turned into RGB -> what they are turned into.

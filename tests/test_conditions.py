@@ -17,7 +17,9 @@ from edgec.compiler.errors import DataError, UserError
 from edgec.compiler.options import Options
 from edgec.compiler.proof import Prover
 from edgec.compiler.quantization import conditions
-from edgec.compiler.quantization.search import search
+from edgec.compiler.quantization import search as searching
+from edgec.compiler.quantization.rounder import round_weights
+from edgec.compiler.quantization.search import AUTO_METHODS, search
 from edgec.compiler.report import facts
 from edgec.compiler.types import CalibrationSummary, InputSpec, Preprocess, silent
 from PIL import Image
@@ -127,14 +129,16 @@ def test_images_to_judge_by_stay_clean(place, degrade):
 # ------------------------------------------------------------------------------------- minimax
 
 
-def test_minimax_chooses_ranges_for_all_conditions_and_judges_on_the_mixture(place):
-    this = resolved(place, degrade="minimax")
+@pytest.mark.parametrize("without", [(), ("ranges",)])
+def test_minimax_chooses_ranges_for_all_conditions_and_judges_on_the_mixture(place, without):
+    this = resolved(place, degrade="minimax", without=without)
     model, _ = pipeline.run(model_io.load(place / "model.onnx"), pipeline.exact_passes(), None)
     scheme = job.quant_scheme(this)
     found = search(this, model, scheme, Prover(model))
-    assert found.quantizer.method == "minimax" == found.calibration.method
-    assert found.calibration.degrade == "minimax"
-    assert "ranges" not in [step.name for step in found.steps], "the judge is not asked about them"
+    assert found.calibration.method == found.quantizer.method and found.calibration.degrade == "minimax"
+    tried = [step.detail for step in found.steps if step.name == "ranges"]
+    assert [set(one.split(" > ")) for one in tried] == ([] if without else [{"minimax", *AUTO_METHODS}])
+    assert found.quantizer.method == "minimax" or not without
     assert found.judge.images.transform_name == resolved(place, degrade="mixed").images.transform_name
     assert found.judge.images.transform_name
 
@@ -144,8 +148,35 @@ def test_minimax_chooses_ranges_for_all_conditions_and_judges_on_the_mixture(pla
         found.quantizer.model, tensors, under(clean, QRID, this.options.seed), histogram=True, threads=1
     )
     for tensor, chosen in found.quantizer.ranges.items():
-        assert chosen == minimax.choose({k: one.statistics[tensor] for k, one in seen.items()})
+        by = {k: one.statistics[tensor] for k, one in seen.items()}
+        assert chosen == minimax.choose(by, found.quantizer.method)
     assert found.calibration.key == cache.joint_key(seen)
+
+
+def test_weights_alone_are_calibrated_too(place):
+    model, _ = pipeline.run(model_io.load(place / "model.onnx"), pipeline.exact_passes(), None)
+    this = resolved(place, degrade="mixed", precision="int4")
+    found = search(this, model, job.quant_scheme(this), Prover(model))
+    assert [step.name for step in found.steps] == ["rounding"]
+    assert found.calibration.method == "weights alone" and found.calibration.degrade.startswith("mixed")
+    assert found.calibration.images == len(this.images)
+
+
+def test_degraded_images_are_rounded_on_in_larger_numbers(place, monkeypatch):
+    monkeypatch.setattr(searching, "_EIGHT_BIT_IMAGES", 3)
+    monkeypatch.setattr(searching, "_DEGRADED_IMAGES", 5)
+    walked = []
+
+    def walk(model, quantize, feeds, **rest):
+        walked.append(sum(len(feed["x"]) for feed in feeds))
+        return round_weights(model, quantize, feeds, **rest)
+
+    monkeypatch.setattr(searching, "round_weights", walk)
+    model, _ = pipeline.run(model_io.load(place / "model.onnx"), pipeline.exact_passes(), None)
+    for degrade in ("clean", "mixed", "minimax"):
+        this = resolved(place, degrade=degrade)
+        search(this, model, job.quant_scheme(this), Prover(model))
+    assert walked == [3, 5, 5]
 
 
 def test_statistics_of_all_conditions_are_what_the_report_looks_at(place):

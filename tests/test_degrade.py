@@ -9,13 +9,16 @@ import sys
 import threading
 import zlib
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
 from edgec.calib import degradations
-from edgec.calib.degradations import AIRLIGHT, PHOTONS, blur_weights, encode_jpeg
+from edgec.calib import pixels as pixel_arithmetic
+from edgec.calib.degradations import AIRLIGHT, PHOTONS, VEIL, blur_weights, encode_jpeg
 from edgec.calib.degrade import CONDITIONS, MIXED, QRID, Plan, condition_of, degrade, parameter_of, parse, transform
 from edgec.calib.folder import open_folder
+from edgec.calib.pixels import noisy, product, smoothed
 from edgec.calib.preprocess import apply
 from edgec.compiler.errors import UserError
 from edgec.compiler.types import InputSpec, Preprocess
@@ -41,14 +44,20 @@ def run(condition, pixels, name="a.png", seed=0):
 
 
 def at(condition, pixels, parameter, seed=0):
-    return CONDITIONS[condition].function(pixels, parameter, np.random.default_rng(seed))
+    return on(pixels, CONDITIONS[condition].function, parameter, seed)
+
+
+def on(pixels, function, parameter, seed=0):
+    """What a degradation makes of (H, W, C) pixels."""
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return np.asarray(function(image, parameter, Random(seed))).reshape(pixels.shape)
 
 
 # ------------------------------------------------------------------------------- levels, on the images
 
 
 def test_the_table():
-    assert tuple(list(CONDITIONS)[:8]) == QRID and QRID[0] == "clean" and len(CONDITIONS) == 13
+    assert tuple(list(CONDITIONS)[:8]) == QRID and QRID[0] == "clean" and len(CONDITIONS) == 14
     for name in WORSE:
         entry = CONDITIONS[name]
         assert entry.low < entry.high and not entry.low <= entry.neutral <= entry.high, name
@@ -97,12 +106,49 @@ def test_blur_kernel(condition, kernels):
 @pytest.mark.parametrize("kernel", [3, 5, 7, 9, 11])
 @pytest.mark.parametrize("shape", [(40, 33, 3), (300, 200, 1), (3, 2, 3), (1, 50, 1)])
 def test_blur_is_that_convolution(kernel, shape):
-    pixels, weights = texture(*shape), np.array(blur_weights(kernel)) / 256
-    assert weights.sum() == 1 and len(weights) == kernel
+    pixels, weights = texture(*shape), blur_weights(kernel)
+    assert weights.sum() == pytest.approx(1, abs=1e-12) and len(weights) == kernel
     exact = ndimage.correlate1d(pixels.astype(float), weights, 0, mode="mirror")
     exact = ndimage.correlate1d(exact, weights, 1, mode="mirror")
     # rounded between the axes and at the end: less than one half each
     assert np.abs(at("blur-low", pixels, kernel) - exact).max() <= 1
+
+
+@pytest.mark.parametrize(("kernel", "off"), [(3, 0.5), (5, 0.65), (7, 0.65), (9, 0.9), (11, 0.9)])
+def test_blur_weights_are_the_gaussian(kernel, off):
+    sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8  # as OpenCV derives it
+    gauss = np.exp(-((np.arange(kernel) - kernel // 2) ** 2) / (2 * sigma**2))
+    weights = blur_weights(kernel)
+    assert np.abs(weights - gauss / gauss.sum()).max() <= off / 256
+    spread = ((np.arange(kernel) - kernel // 2) ** 2 * weights).sum()
+    assert spread == pytest.approx(((np.arange(kernel) - kernel // 2) ** 2 * gauss).sum() / gauss.sum(), rel=0.02)
+
+
+TAPS = st.sampled_from([(1, 1), (1, 1, 1), (1, 2, 1), (1, 3, 1), (5, 11, 5), (2, 3, 4, 3, 2), (1, 2, 2, 1)])
+
+
+FACTORS = st.lists(st.tuples(TAPS, st.integers(1, 3)), max_size=3).filter(
+    lambda factors: len(product(factors)) % 2 and product(factors).sum() <= 256
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=20)),
+    FACTORS,
+    FACTORS,
+    st.integers(5, 17),
+)
+def test_products_of_kernels_are_their_convolution(pixels, down, right, chunk):
+    exact = pixels.astype(float)
+    for axis, factors in enumerate((down, right)):
+        kernel = product(factors)
+        exact = ndimage.correlate1d(exact, kernel / kernel.sum(), axis, mode="mirror")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pixel_arithmetic, "CHUNK", 1 << chunk)
+        found = smoothed(pixels, down, right)
+    # half for each axis that is rounded
+    assert np.abs(found - exact).max() <= 0.5 * (bool(down) + bool(right)) + 1e-9
 
 
 def test_contrast_is_the_ratio_of_deviations_and_of_means():
@@ -125,7 +171,9 @@ def quality_of(tables):
 def test_jpeg_quality(condition, low, high):
     pixels = texture(64, 64)
     for name in NAMES:
-        with Image.open(io.BytesIO(encode_jpeg(pixels, int(parameter_of(condition, 0, name))))) as image:
+        with Image.open(
+            io.BytesIO(encode_jpeg(Image.fromarray(pixels), int(parameter_of(condition, 0, name))))
+        ) as image:
             assert low - 1 <= quality_of(image.quantization) <= high + 1
             np.testing.assert_array_equal(np.asarray(image), run(condition, pixels, name))
 
@@ -173,13 +221,72 @@ def test_low_light_is_a_thinned_poisson_process():
     assert not at("low-light", np.zeros((9, 9, 1), np.uint8), exposure).any()  # no light, no noise
 
 
+@pytest.mark.parametrize("exposure", [0.05, 0.1, 0.25])
+def test_low_light_keeps_mean_and_variance_at_every_level(exposure):
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 4000, 1)[:, :, None]
+    kept = at("low-light", levels, exposure)[:, :, 0].astype(float)
+    light, expected = (kept / 255) ** 2, exposure * (np.arange(256) / 255) ** 2
+    # half a grey value of the look-up, half a one of rounding, and five deviations of the mean
+    off = (2 * np.sqrt(expected) * 255 + 1) / 255**2 + 5 * np.sqrt(expected / PHOTONS / 4000)
+    assert (np.abs(light.mean(1) - expected) <= off).all()
+    assert light.mean() == pytest.approx(expected.mean(), rel=0.005)  # the look-up's rounding is of either sign
+    lit = expected * PHOTONS >= 1
+    ratio = light.var(1)[lit] / (expected * (1 - exposure) / PHOTONS)[lit]
+    assert ratio.mean() == pytest.approx(1, abs=0.05) and np.abs(ratio - 1).max() < 0.25
+
+
+def rainy(name, size=(300, 400), value=0):
+    """A plain grey image in the rain, less its veil: what part of each pixel is a streak's; and the sky."""
+    seen = run("rain", np.full(size, value, np.uint8), name).astype(float)
+    cover = parameter_of("rain", 0, name)
+    veil = np.median(seen)  # streaks are few
+    sky = value + (veil - value) / (VEIL * cover)
+    return (seen - veil) / (sky - veil), sky
+
+
+def test_rain_covers_what_it_says():
+    for name in NAMES:
+        share, sky = rainy(name)
+        # half a grey value of the veil is up to a tenth of it
+        assert AIRLIGHT[0] * 0.9 <= sky <= AIRLIGHT[1] * 1.1
+        # streaks are 0.3 to 0.7 strong, evenly; those that cross are counted once
+        assert share.mean() / 0.5 == pytest.approx(parameter_of("rain", 0, name), rel=0.2)
+        assert share.min() > -0.02 and 0.6 < share.max() < 0.75
+        assert (share > 0.1).mean() < 0.15
+
+
+def test_rain_is_thin_lines_at_one_angle():
+    for name in NAMES[:4]:
+        parts, count = ndimage.label(rainy(name)[0] > 0.02, np.ones((3, 3)))
+        angles, lengths = [], []
+        for i in range(1, count + 1):
+            rows, columns = np.nonzero(parts == i)
+            spread, axes = np.linalg.eigh(np.cov(np.stack([rows, columns])))
+            if len(rows) >= 20 and spread[0] < 0.5:  # whole, and not two that cross
+                angles.append(math.degrees(math.atan(axes[1, 1] / axes[0, 1])))
+                lengths.append(np.ptp(rows) + 1)
+        assert len(angles) > 20 and np.abs(angles).max() < 21 and np.std(angles) < 1.5
+        assert np.median(lengths) == round((0.06 + parameter_of("rain", 0, name)) * 300)
+
+
+def test_rain_brightens_the_dark_and_hides_contrast():
+    pixels = texture(100, 100)
+    dark = at("rain", (pixels // 4), 0.05).astype(int) - pixels // 4
+    assert dark.min() > 0 and dark.max() > 50
+    # mixed and not added: nothing is lighter than the sky but what was before
+    bright = at("rain", np.full((100, 100, 3), 250, np.uint8), 0.05)
+    assert bright.min() >= AIRLIGHT[0] - 1 and bright.max() <= 250
+    little, much = (np.abs(at("rain", pixels, c, 3).astype(int) - pixels).mean() for c in (0.02, 0.06))
+    assert 0 < little < much
+
+
 def test_over_exposure_and_haze_against_their_formulas():
     pixels = texture(60, 40)
     exact = np.clip(np.rint(pixels * 2 ** (1.2 / 2)), 0, 255)
     np.testing.assert_array_equal(at("over-exposure", pixels, 1.2), exact)
-    airlight = np.random.default_rng(0).uniform(*AIRLIGHT)
+    airlight = Random(0).uniform(*AIRLIGHT)
     through = (0.6 ** (1.5 - (np.arange(60) + 0.5) / 60))[:, None, None]
-    # the transmission is in 1/255
+    # the transmission is in 1/256
     assert np.abs(at("haze", pixels, 0.4) - (through * pixels + (1 - through) * airlight)).max() <= 1.01
 
 
@@ -218,7 +325,7 @@ def test_same_in_another_process_whatever_the_order_and_the_hash_seed():
     assert len(set(first)) == 2 * len(names) and sorted(first) == sorted(second)
 
 
-def test_pixels_of_version_1():
+def test_pixels_of_version_2():
     """Where this fails, pixels have changed: raise VERSION, then these numbers."""
     pixels = (np.arange(40 * 30 * 3) * 7 % 256).astype(np.uint8).reshape(40, 30, 3)
     found = {c: zlib.crc32(run(c, pixels, "a/1.png", 5).tobytes()) for c in GOLDEN}
@@ -227,15 +334,16 @@ def test_pixels_of_version_1():
 
 #: CRC-32 of the pixels; without those that Pillow makes, which may change with it.
 GOLDEN = {
-    "noise-low": 2236502992,
-    "noise-medium": 1548641788,
+    "noise-low": 3693304857,
+    "noise-medium": 1959032375,
     "blur-low": 850955308,
-    "blur-high": 536683753,
+    "blur-high": 3366153136,
     "low-contrast": 3146633359,
-    "motion-blur": 3444054164,
-    "low-light": 2254894489,
+    "motion-blur": 562619081,
+    "low-light": 2937460451,
     "over-exposure": 2848858115,
-    "haze": 304418068,
+    "haze": 4278069272,
+    "rain": 770833112,
 }
 
 
@@ -257,6 +365,51 @@ def test_noise_fields_are_independent():
     drawn = itertools.product(("noise-low", "noise-medium"), ("a", "b"), (0, 1))
     fields = [run(condition, grey, name, seed).ravel().astype(float) for condition, name, seed in drawn]
     assert np.abs(np.corrcoef(fields) - np.eye(8)).max() < 5 / 100
+
+
+@pytest.mark.parametrize("size", [(32, 32, 3), (300, 421, 3), (40, 5000, 1)])
+def test_noise_saturates_and_does_not_see_the_image(size):
+    noise = noisy(np.full(size, 128, np.uint8), 20.0, -11.0, Random(3)).astype(int) - 128
+    assert noise.mean() == pytest.approx(-11, abs=5 * 20 / math.sqrt(noise.size))
+    pixels = np.random.default_rng(1).integers(0, 256, size, np.uint8)
+    np.testing.assert_array_equal(noisy(pixels, 20.0, -11.0, Random(3)), np.clip(pixels + noise, 0, 255))
+    with pytest.raises(ValueError, match="goes beyond 127"):
+        noisy(pixels, 30.0, 11.0, Random(0))
+
+
+def correlation(first, second):
+    """The circular correlation of two noise fields at all shifts."""
+    fields = [np.fft.rfft2(field - field.mean()) / field.std() for field in (first, second)]
+    return np.fft.irfft2(fields[0] * fields[1].conj(), first.shape) / first.size
+
+
+def test_noise_has_no_pattern():
+    """Samples come again in images of this size, but neither near by nor at any one distance, nor in other images."""
+    grey = np.full((375, 500, 3), 128, np.uint8)
+    fields = [run("noise-medium", grey, name).astype(float).reshape(375, 1500) - 128 for name in NAMES[:3]]
+    # the deviation of a correlation where all samples are independent, and where those of a tile are
+    one, tile = 1 / math.sqrt(grey.size), 1 / 256
+    for field in fields:
+        alone = correlation(field, field)
+        assert alone[0, 0] == pytest.approx(1)
+        alone[0, 0] = 0
+        assert np.abs(alone).max() < 5.5 * tile and alone.std() < 1.1 * one
+        spectrum = np.abs(np.fft.rfft2(field)) ** 2 / field.size / field.var()
+        bands = [part.mean() for part in np.array_split(spectrum[:, 1:], 10, 1)]
+        np.testing.assert_allclose(bands, 1, atol=5 * math.sqrt(20) * tile)  # white: a mean of a tenth of 2^16 / 2
+        strips = np.square(field).reshape(25, -1).mean(1)
+        np.testing.assert_allclose(strips, field.var(), rtol=5 * math.sqrt(2 * 25) * one)
+    for first, second in itertools.combinations(fields, 2):
+        across = correlation(first, second)
+        assert np.abs(across).max() < 5.5 * tile and across.std() < 1.1 * one
+
+
+def test_noise_of_small_images_is_independent():
+    grey = np.full((32, 32, 3), 128, np.uint8)
+    fields = np.stack([run("noise-low", grey, str(i)).ravel() for i in range(200)]) - 128.0
+    apart = np.corrcoef(fields)[np.triu_indices(200, 1)]
+    assert apart.std() == pytest.approx(1 / math.sqrt(3072), rel=0.05) and np.abs(apart).max() < 6 / math.sqrt(3072)
+    assert np.abs(fields.mean(0)).max() < 6 * fields.std() / math.sqrt(200)
 
 
 def test_an_image_can_be_degraded_again_and_from_threads():
@@ -358,7 +511,7 @@ def test_nothing_wraps_around(condition):
     for u in (0, 0.5, 0.999):
         black = at(condition, np.zeros((20, 20, 3), np.uint8), entry.parameter(u))
         white = at(condition, np.full((20, 20, 3), 255, np.uint8), entry.parameter(u))
-        assert black.max() < (210 if condition == "haze" else 60)
+        assert black.max() < {"haze": 210, "rain": 200}.get(condition, 60)
         assert white.min() > (20 if condition == "low-light" else 95)
         if condition in ("blur-low", "blur-high", "motion-blur", "rescale", "over-exposure"):
             assert not black.any() and (white == 255).all()
@@ -392,7 +545,7 @@ def of_mode(mode, size=(24, 20)):
 def test_every_mode_is_read_as_preprocessing_reads_it(mode, color):
     image, channels = of_mode(mode), 1 if color == "gray" else 3
     spec, pre = InputSpec("x", "uint8", (1, channels, 20, 24)), Preprocess((20, 24), color=color, scale=1.0)
-    identity = degrade(image, CONDITIONS["clean"], 0, np.random.default_rng(0))
+    identity = degrade(image, CONDITIONS["clean"], 0, Random(0))
     # YCbCr to grey takes Y where it can: one rounding of RGB between
     atol = 1 if (mode, color) == ("YCbCr", "gray") else 0
     np.testing.assert_allclose(
@@ -448,6 +601,13 @@ def test_very_large(condition):
         np.testing.assert_array_equal(large[1000:1100, 1000:1125], large[2000:2100, 3000:3125])
     if condition in ("noise-low", "noise-medium", "low-light"):  # noise does not repeat
         assert not np.array_equal(large[1000:1100, 1000:1125], large[2000:2100, 3000:3125])
+
+
+@pytest.mark.parametrize("condition", WORSE)
+def test_what_is_said_about_an_image_does_not_matter(condition):
+    image = Image.fromarray(texture())
+    image.info.update(comment=b"x" * 70_000, dpi=(72, 72), icc_profile=b"y" * 200)
+    np.testing.assert_array_equal(np.asarray(transform(condition, 0)[0](image, "a")), run(condition, texture(), "a"))
 
 
 def test_jpeg_in_pieces_is_jpeg(monkeypatch):

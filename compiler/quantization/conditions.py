@@ -5,10 +5,11 @@
     mixed, NAMES    a mixture: each image under one       the same mixture
                     condition, drawn by its name
     minimax         all images under each of QRID's       the mixture `mixed`
-                    conditions (calib/minimax.py)
+                    conditions: by each tensor's worst
+                    (calib/minimax.py), or by a method on
+                    all of them, whichever is closer
 
-Under `minimax` no other range is tried: the steps' judge looks at the mixture as a whole, and would give up its worst
-condition for the others. Images that are held out, or judged by, are none of this file's business.
+Images that are held out, or judged by, are none of this file's business.
 """
 
 from __future__ import annotations
