@@ -57,7 +57,7 @@ def _degraded(degrade: str) -> str:
     if kind == "clean":
         return ""
     if kind == "minimax":
-        return "; ranges for the worst of QRID's conditions (minimax), biases, weights and steps on their mixture"
+        return "; ranges for all of QRID's conditions (minimax), biases, weights and steps on their mixture"
     if kind == "mixed":
         return f"; {100 * float(fraction):.3g} % of the images degraded (mixed)"
     return f"; each image under {'one of ' if ',' in kind else ''}{kind.replace(',', ', ')}"
