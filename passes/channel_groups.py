@@ -1,4 +1,4 @@
-"""Which channels of a network belong together: each element of each tensor gets the number of a variable.
+"""Which channels of a network are rescaled together: each element of each tensor gets the number of a variable.
 
 Algebra. Multiply every element x_e of every tensor by a positive factor f[v(e)], v(e) the element's variable:
 
@@ -7,31 +7,27 @@ Algebra. Multiply every element x_e of every tensor by a positive factor f[v(e)]
     y = W x + b                   W[o,i] -> W[o,i] f[v(y_o)] / f[v(x_i)],   b[o] -> b[o] f[v(y_o)]
 
 A linear operator with constant weights therefore *consumes* the variables of its input and gives its output new ones;
-all others hand variables on, tie some of them together, or pin them: variable 0 is pinned, its factor is 1. Graph
-inputs and outputs are pinned, and so is everything that an operator reads or writes for which there is no rule
-(channel_rules.py). The network's outputs are then the same for any choice of the other factors.
-
-The variables of a tensor are an array of its rank with size 1 along the axes on which they do not depend: (1, C, 1, 1)
-for most. What moves data is executed on these arrays, so that shuffles, slices and flattening need no special cases.
+all others hand variables on, tie some of them together, or pin them, which makes their factor 1 (channel_rules.py).
+channel_analysis.py has the walk. The network's outputs are the same for any choice of the other factors.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from ..compiler.types import Refusal
-from .channel_layout import Dim, shrink
-from .channel_rules import LAYERS, RULES, Rule
-from .shapes import infer_shapes
+from .channel_analysis import PINNED, Analysis, trimmed
+from .channel_rules import RULES
 from .weights import Stays, changeable
 
-#: The variable whose factor is 1.
-PINNED = 0
+__all__ = ["PINNED", "ChannelVariables", "Layer", "Rescaled", "Scaling", "analyse"]
+
 #: A constant may grow to this many elements, where its elements need factors of their own.
 _GROWN = 1 << 16
 
@@ -114,72 +110,38 @@ def analyse(model: ir.Model, unreached: Collection[str] = ()) -> ChannelVariable
 
     `unreached` names outputs of Clip nodes whose finite limits no data reaches: they count as ReLUs.
     """
-    twin = model.clone()
-    fault = infer_shapes(twin)
-    work = Analysis(model.graph, {} if fault else _dims(twin.graph), frozenset(unreached))
-    if fault:
-        work.refusals.append(Refusal("the whole model", "channel-groups", f"its shapes contradict each other: {fault}"))
-    for node in model.graph:
-        work.visit(node)
+    work = Scaling(model.graph, unreached=frozenset(unreached))
+    work.walk(model)
     return work.result()
-
-
-def _dims(graph: ir.Graph) -> dict[str, tuple[Dim, ...]]:
-    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-    return {
-        value.name: tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-        for value in values
-        if value.name and value.shape is not None
-    }
 
 
 # ------------------------------------------------------------------------------------------- the work
 
 
 @dataclass
-class Analysis:
-    """What the rules work with: they read variables, make new ones and tie them; ties are resolved at the end."""
+class Scaling(Analysis):
+    """The analysis of channels that are rescaled, with what its rules record."""
 
-    graph: ir.Graph
-    known_dims: Mapping[str, tuple[Dim, ...]]
-    unreached: frozenset[str]
-    refusals: list[Refusal] = field(default_factory=list)
+    title: ClassVar[str] = "channel-groups"
+
+    unreached: frozenset[str] = frozenset()
     layers: list[Layer] = field(default_factory=list)
     constants: list[Rescaled] = field(default_factory=list)
     unclipped: list[ir.Node] = field(default_factory=list)
-    _ids: dict[ir.Value, np.ndarray] = field(default_factory=dict)
-    _ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    _read: Counter[ir.Value] = field(default_factory=Counter)
-    _count: int = 1
 
-    def visit(self, node: ir.Node) -> None:
-        """Apply the node's rule; whatever it reads that the rule did not look at is pinned."""
-        self._read.clear()
-        marks = len(self.layers), len(self.constants), len(self.unclipped)
-        outputs: Sequence[np.ndarray] = ()
-        try:
-            outputs = [self._fitting(v, ids) for v, ids in zip(node.outputs, _rule(node)(self, node), strict=False)]
-        except Stays as why:
-            self._read.clear()
-            del self.layers[marks[0] :], self.constants[marks[1] :], self.unclipped[marks[2] :]
-            if node.op_type in LAYERS or any(self._ids[value].any() for value in self._unread(node)):
-                self.refuse(node, str(why))
-        for value in self._unread(node):
-            self.pin(self._ids[value])
-        for value, ids in zip(node.outputs, outputs, strict=False):
-            self._ids[value] = ids
-            self._pin_what_is_read_outside(node, value)
+    def rule_of(self, node: ir.Node) -> Callable[[ir.Node], Sequence[np.ndarray]]:
+        """Look the operator up in the table of channel_rules.py."""
+        if node.op_type not in RULES:
+            raise Stays(f"{node.op_type} does not commute with scaling channels, or there is no rule for it")
+        return partial(RULES[node.op_type], self)
 
-    def _pin_what_is_read_outside(self, node: ir.Node, value: ir.Value) -> None:
-        captured = any(user.graph is not self.graph for user, _ in value.uses())
-        if captured and self._ids[value].any():
-            self.refuse(node, f"its output {value.name} is read inside the body of a control-flow node")
-        if captured or value.is_graph_output():
-            self.pin(self._ids[value])
+    def records(self) -> tuple[list[Any], ...]:
+        """Return all that rules record."""
+        return self.layers, self.constants, self.unclipped
 
     def result(self) -> ChannelVariables:
         """Resolve the ties and number the variables that are left."""
-        names = _components(self._count, self._ties)
+        names = self.names()
         return ChannelVariables(
             count=int(names.max()) + 1,
             constants=tuple(
@@ -192,50 +154,11 @@ class Analysis:
             tensors={value.name: names[ids] for value, ids in self._ids.items() if value.name},
         )
 
-    # ---------------------------------------------------------------------------------- for the rules
-
-    def dims(self, value: ir.Value | None) -> tuple[Dim, ...]:
-        """Return the dimensions of a tensor. Raises Stays if not even their number is known."""
-        dims = self.known_dims.get(value.name or "") if value is not None else None
-        if dims is None:
-            raise Stays(f"the shape of {value.name if value is not None else 'an absent input'} is unknown")
-        return dims
-
-    def read(self, value: ir.Value | None) -> np.ndarray:
-        """Return the variables of an input, which the rule thereby takes care of. Constants are pinned."""
-        dims = self.dims(value)
-        assert value is not None
-        self._read[value] += 1
-        return self._ids.get(value, np.zeros([1] * len(dims), np.int64))
-
-    def fresh(self, shape: Sequence[int]) -> np.ndarray:
-        """Return an array of new variables."""
-        count = int(np.prod(shape, dtype=np.int64))
-        ids = np.arange(self._count, self._count + count).reshape(shape)
-        self._count += count
-        return ids
-
-    def tie(self, *ids: np.ndarray) -> np.ndarray:
-        """Make arrays that broadcast with each other equal, element by element; return one of them."""
-        first, *others = np.broadcast_arrays(*ids)
-        self._ties.extend((first, other) for other in others)
-        return shrink(first)
-
-    def tie_along(self, ids: np.ndarray, axes: Collection[int]) -> np.ndarray:
-        """Make `ids` independent of the axes."""
-        for axis in axes:
-            ids = self.tie(ids.take([0], axis), ids).take([0], axis)
-        return ids
-
-    def pin(self, ids: np.ndarray) -> None:
-        """Tie all to the variable whose factor is 1."""
-        self._ties.append((ids, np.full_like(ids, PINNED)))
-
     def rescale(self, node: ir.Node, index: int, up: np.ndarray | None = None, down: np.ndarray | None = None) -> None:
         """Let a constant input follow variables. Raises Stays if it may not be changed, or would grow too large."""
         tensor = changeable(node.inputs[index])
         shape = tensor.shape.numpy()
-        up, down = (_trimmed(ids, len(shape)) for ids in (up, down))
+        up, down = (trimmed(ids, len(shape)) for ids in (up, down))
         grown = np.broadcast_shapes(shape, *(ids.shape for ids in (up, down) if ids is not None))
         if grown != tuple(shape) and np.prod(grown) > _GROWN:
             raise Stays(f"{node.inputs[index].name} would grow to {list(grown)}")  # type: ignore[union-attr]  # changeable saw to it
@@ -244,52 +167,3 @@ class Analysis:
     def add_layer(self, node: ir.Node, inputs: np.ndarray, outputs: np.ndarray) -> None:
         """Record a linear operator with the variables of its channels."""
         self.layers.append(Layer(node, inputs, outputs))
-
-    def refuse(self, node: ir.Node, why: str) -> None:
-        """Record why a node pins what it reads or writes."""
-        self.refusals.append(Refusal(node.name or node.outputs[0].name or node.op_type, "channel-groups", why))
-
-    # ----------------------------------------------------------------------------------
-
-    def _fitting(self, value: ir.Value, ids: np.ndarray) -> np.ndarray:
-        dims = self.dims(value)
-        sizes_fit = all(n == 1 or dim == n or not isinstance(dim, int) for n, dim in zip(ids.shape, dims, strict=False))
-        if ids.ndim != len(dims) or not sizes_fit:
-            raise Stays(f"its output has shape {list(dims)}, which its inputs do not explain")
-        return shrink(ids)
-
-    def _unread(self, node: ir.Node) -> list[ir.Value]:
-        """Return the inputs with variables that the rule did not take care of; x * x reads x once only."""
-        found = Counter(value for value in node.inputs if value in self._ids)
-        return [value for value, count in found.items() if value is not None and self._read[value] < count]
-
-
-def _rule(node: ir.Node) -> Rule:
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-        return _no_rule
-    return _no_rule if node.domain not in ("", "ai.onnx") else RULES.get(node.op_type, _no_rule)
-
-
-def _no_rule(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
-    del work
-    raise Stays(f"{node.op_type} does not commute with scaling channels, or there is no rule for it")
-
-
-def _trimmed(ids: np.ndarray | None, rank: int) -> np.ndarray | None:
-    """Drop leading axes of size 1 that a constant of this rank does not have."""
-    while ids is not None and ids.ndim > rank and ids.shape[0] == 1:
-        ids = ids[0]
-    return ids
-
-
-def _components(count: int, ties: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return the new number of each variable: those that are tied share one, and PINNED keeps its own."""
-    from scipy.sparse import coo_array  # heavy
-    from scipy.sparse.csgraph import connected_components
-
-    rows, columns = (np.concatenate([[PINNED], *(tie[i].reshape(-1) for tie in ties)]) for i in (0, 1))
-    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(count, count))
-    labels = connected_components(graph, directed=False)[1]
-    _, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
-    order = np.argsort(np.argsort(first))  # by first appearance, whatever scipy's order is: 0 stays 0
-    return np.asarray(order[numbers], np.int64)

@@ -1,4 +1,4 @@
-"""The rules of channel_rules.py for what moves data: the move itself is made with the variables.
+"""Rules for what moves data, the same for every analysis: the move itself is made with the variables.
 
 An axis along which the variables do not differ has size 1, and most moves leave it so.
 """
@@ -17,7 +17,7 @@ from .constants import small_array
 from .weights import Stays
 
 if TYPE_CHECKING:
-    from .channel_groups import Analysis
+    from .channel_analysis import Analysis
 
 # ------------------------------------------------------------------------------------------- what nodes say
 
@@ -53,7 +53,7 @@ def lacks(ids: np.ndarray, axis: int) -> bool:
 # ------------------------------------------------------------------------------------------- data movement
 
 
-def _reshape(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def reshape(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     """Reshape, Flatten, Squeeze and Unsqueeze, by the dimensions before and after."""
     ids = work.read(node.inputs[0])
     found = plan(ids.shape, work.dims(node.inputs[0]), work.dims(node.outputs[0]))
@@ -113,12 +113,17 @@ def _gather(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     return [np.take(ids, indices.astype(np.int64), axis)]
 
 
-def _pad(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _pad_zeros(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     """Pad with zeros, which any factor leaves alone, or with what is there."""
+    if node.attributes.get_string("mode", "constant") == "constant" and _fill(node) != 0:
+        raise Stays("it pads with something other than 0")
+    return pad(work, node)
+
+
+def pad(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+    """Pad with a constant, where variables of their own begin, or with what is there."""
     ids = work.read(node.inputs[0])
     zeros = node.attributes.get_string("mode", "constant") == "constant"
-    if zeros and _fill(node) != 0:
-        raise Stays("it pads with something other than 0")
     pads = ints(node, 1, "pads") or ()
     axes = ints(node, 3, "axes") if len(node.inputs) > 3 else None
     axes = tuple(range(ids.ndim)) if axes is None else axes
@@ -133,7 +138,7 @@ def _pad(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
 
 
 def _padded_along(work: Analysis, ids: np.ndarray, axis: int, begin: int, end: int) -> np.ndarray:
-    """Add new variables for zeros at both ends, or cut where the number is negative."""
+    """Add new variables for what is added at both ends, or cut where the number is negative."""
     kept = ids.take(range(max(-begin, 0), ids.shape[axis] - max(-end, 0)), axis)
     ends = [[*ids.shape[:axis], max(count, 0), *ids.shape[axis + 1 :]] for count in (begin, end)]
     return np.concatenate([work.fresh(ends[0]), kept, work.fresh(ends[1])], axis)
@@ -176,13 +181,13 @@ def _space_to_depth(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
 
 
 MOVES: dict[str, Callable[[Analysis, ir.Node], Sequence[np.ndarray]]] = {
-    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), reshape),
     "Transpose": _transpose,
     "Concat": _concat,
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
-    "Pad": _pad,
+    "Pad": _pad_zeros,
     "Expand": _expand,
     "Tile": _tile,
     "DepthToSpace": _depth_to_space,

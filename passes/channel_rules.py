@@ -19,7 +19,8 @@ from .constants import constant, small_array
 from .weights import ALONG_OUTPUTS, Stays, along_axis, along_inputs, changeable, float64
 
 if TYPE_CHECKING:
-    from .channel_groups import Analysis
+    from .channel_analysis import Analysis
+    from .channel_groups import Scaling
 
 #: Constants of Mul up to this many elements may get variables of their own for their output.
 _SMALL = 1 << 16
@@ -29,18 +30,18 @@ _ENDLESS = 3.4e38
 # ------------------------------------------------------------------------------------------- element by element
 
 
-def _same(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _same(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """Hand on the variables of the first input."""
     return [work.read(node.inputs[0])]
 
 
-def _blind(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _blind(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """Look at no value of the input, so that anything may happen to it."""
     work.read(node.inputs[0])
     return []
 
 
-def _clip(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _clip(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """Clip at 0 or at infinity only, or where the limit is said to be never reached."""
     if node.outputs[0].name in work.unreached:
         work.unclipped.append(node)
@@ -61,7 +62,7 @@ def _limits(node: ir.Node) -> Iterator[float]:
 def _tied(first: int) -> Rule:
     """Make all inputs from `first` on equal: sums, maxima. Constants among them follow, unless they are 0."""
 
-    def rule(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+    def rule(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
         rank = len(work.dims(node.outputs[0]))
         data = [i for i, value in enumerate(node.inputs) if i >= first and constant(value) is None]
         out = work.tie(*(padded(work.read(node.inputs[i]), rank) for i in data or [first]))
@@ -74,7 +75,7 @@ def _tied(first: int) -> Rule:
     return rule
 
 
-def _product(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _product(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """Multiply, or divide by the second input: the gate, or constant, is pinned; the other one's variables go on."""
     rank = len(work.dims(node.outputs[0]))
     main, gate = _main_and_gate(work, node)
@@ -84,7 +85,7 @@ def _product(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     return [ids]  # the gate was not read, so it will be pinned
 
 
-def _main_and_gate(work: Analysis, node: ir.Node) -> tuple[int, int]:
+def _main_and_gate(work: Scaling, node: ir.Node) -> tuple[int, int]:
     if node.op_type == "Div" or constant(node.inputs[1]) is not None:
         return 0, 1
     if constant(node.inputs[0]) is not None:
@@ -93,7 +94,7 @@ def _main_and_gate(work: Analysis, node: ir.Node) -> tuple[int, int]:
     return (1, 0) if sizes[0] < sizes[1] else (0, 1)
 
 
-def _scaled(work: Analysis, node: ir.Node, index: int, ids: np.ndarray) -> np.ndarray:
+def _scaled(work: Scaling, node: ir.Node, index: int, ids: np.ndarray) -> np.ndarray:
     """Return new variables if the constant has a number for each of the old ones, else the old ones."""
     value = node.inputs[index]
     assert value is not None and value.const_value is not None
@@ -112,13 +113,13 @@ def _scaled(work: Analysis, node: ir.Node, index: int, ids: np.ndarray) -> np.nd
 # ------------------------------------------------------------------------------------------- over several elements
 
 
-def _pool(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _pool(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """Pool over all axes from the third on."""
     ids = work.read(node.inputs[0])
     return [work.tie_along(ids, range(2, ids.ndim))]
 
 
-def _reduce(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _reduce(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """Reduce over axes, by something that grows as its input does."""
     ids = work.read(node.inputs[0])
     axes = ints(node, 1, "axes") or ()
@@ -129,9 +130,9 @@ def _reduce(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     return [ids if node.attributes.get_int("keepdims", 1) else ids.squeeze(tuple(reduced))]
 
 
-def _resize(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def resize(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     """Interpolate: linear in its input, along those axes that are not left alone."""
-    if node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize":
+    if node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_andresize":
         raise Stays("it fills in a constant")
     ids = work.read(node.inputs[0])
     before, after = work.dims(node.inputs[0]), work.dims(node.outputs[0])
@@ -163,21 +164,21 @@ def _scales(node: ir.Node) -> np.ndarray | None:
 # ------------------------------------------------------------------------------------------- layers
 
 
-def _others(ids: np.ndarray, axis: int) -> list[int]:
+def others(ids: np.ndarray, axis: int) -> list[int]:
     """Return all axes but one."""
     return [i for i in range(ids.ndim) if i != axis % ids.ndim]
 
 
-def _vector(work: Analysis, value: ir.Value | None, axis: int, length: int) -> np.ndarray:
+def vector(work: Analysis, value: ir.Value | None, axis: int, length: int) -> np.ndarray:
     """Return an input's variables along `axis`, made independent of all other axes, as `length` numbers."""
     ids = work.read(value)
-    ids = work.tie_along(ids, _others(ids, axis)).reshape(-1)
+    ids = work.tie_along(ids, others(ids, axis)).reshape(-1)
     if ids.size not in (1, length):
         raise Stays(f"its input has {ids.size} channels and its weight {length}")
     return np.broadcast_to(ids, length)
 
 
-def _outputs(work: Analysis, node: ir.Node, count: int) -> np.ndarray:
+def _outputs(work: Scaling, node: ir.Node, count: int) -> np.ndarray:
     """Return new variables for the outputs of a layer; pinned ones if its bias (input 2) may not be changed."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     try:
@@ -193,55 +194,55 @@ def _channel_last(ids: np.ndarray, rank: int) -> np.ndarray:
     return ids.reshape((1,) * (rank - 1) + (-1,))
 
 
-def _layer(work: Analysis, node: ir.Node, ins: np.ndarray, outs: np.ndarray, up: np.ndarray, down: np.ndarray) -> None:
+def _layer(work: Scaling, node: ir.Node, ins: np.ndarray, outs: np.ndarray, up: np.ndarray, down: np.ndarray) -> None:
     work.rescale(node, 1, up, down)
     if outs.any() and len(node.inputs) > 2 and node.inputs[2] is not None:
         work.rescale(node, 2, outs)
     work.add_layer(node, ins, outs)
 
 
-def _conv(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _conv(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     weight, rank = changeable(node.inputs[1]), len(work.dims(node.inputs[0]))
     outputs, inputs = weight.shape.numpy()[:2]
-    ins = _vector(work, node.inputs[0], 1, inputs * node.attributes.get_int("group", 1))
+    ins = vector(work, node.inputs[0], 1, inputs * node.attributes.get_int("group", 1))
     outs = _outputs(work, node, outputs)
     _layer(work, node, ins, outs, along_axis(weight, 0, outs), along_inputs(node, weight, ins))
     return [outs.reshape(1, -1, *[1] * (rank - 2))]
 
 
-def _conv_transpose(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _conv_transpose(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     weight, rank = changeable(node.inputs[1]), len(work.dims(node.inputs[0]))
     inputs, outputs = weight.shape.numpy()[:2]
-    ins = _vector(work, node.inputs[0], 1, inputs)
+    ins = vector(work, node.inputs[0], 1, inputs)
     outs = _outputs(work, node, outputs * node.attributes.get_int("group", 1))
     _layer(work, node, ins, outs, ALONG_OUTPUTS["ConvTranspose"](node, weight, outs), along_axis(weight, 0, ins))
     return [outs.reshape(1, -1, *[1] * (rank - 2))]
 
 
-def _gemm(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _gemm(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     if node.attributes.get_int("transA", 0):
         raise Stays("transA is set")
     weight, along = changeable(node.inputs[1]), 1 if node.attributes.get_int("transB", 0) else 0
     inputs, outputs = weight.shape.numpy()[along], weight.shape.numpy()[1 - along]
-    ins = _vector(work, node.inputs[0], 1, inputs)
+    ins = vector(work, node.inputs[0], 1, inputs)
     outs = _outputs(work, node, outputs)
     _layer(work, node, ins, outs, along_axis(weight, 1 - along, outs), along_axis(weight, along, ins))
     return [outs.reshape(1, -1)]
 
 
-def _matmul(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _matmul(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     if constant(node.inputs[1]) is None:
         return _attention(work, node)
     weight, rank = changeable(node.inputs[1]), len(work.dims(node.inputs[0]))
     if len(weight.shape) != 2 or rank < 2:
         raise Stays(f"it multiplies rank {rank} by a weight of rank {len(weight.shape)}")
     inputs, outputs = weight.shape.numpy()
-    ins, outs = _vector(work, node.inputs[0], -1, inputs), work.fresh([outputs])
+    ins, outs = vector(work, node.inputs[0], -1, inputs), work.fresh([outputs])
     _layer(work, node, ins, outs, along_axis(weight, 1, outs), along_axis(weight, 0, ins))
     return [_channel_last(outs, rank)]
 
 
-def _attention(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _attention(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """Weigh the rows of the second input by the first one, which is pinned: the columns keep their variables."""
     rank = len(work.dims(node.outputs[0]))
     ids = work.read(node.inputs[1])
@@ -250,7 +251,7 @@ def _attention(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     return [padded(work.tie_along(ids, [ids.ndim - 2]), rank)]
 
 
-def _batch_norm(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+def _batch_norm(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
     """gamma (x - mean) / sqrt(var + epsilon) + beta: gamma takes both factors, mean the input's, beta the output's."""
     extra = [value for value in node.outputs[1:] if value.name]
     if node.attributes.get_int("training_mode", 0) or extra:
@@ -259,7 +260,7 @@ def _batch_norm(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
     if constant(node.inputs[4]) is None or len(shape) != 1:
         raise Stays("its parameters are computed at run time, or are no number per channel")
     channels = shape[0]
-    ins, outs = _vector(work, node.inputs[0], 1, channels), work.fresh([channels])
+    ins, outs = vector(work, node.inputs[0], 1, channels), work.fresh([channels])
     work.rescale(node, 1, outs, ins)
     work.rescale(node, 2, outs)
     work.rescale(node, 3, ins)
@@ -269,7 +270,7 @@ def _batch_norm(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
 def _normalisation(axis: int) -> Rule:
     """Normalise the input, which is pinned, then scale and shift along `axis`, where new variables begin."""
 
-    def rule(work: Analysis, node: ir.Node) -> Sequence[np.ndarray]:
+    def rule(work: Scaling, node: ir.Node) -> Sequence[np.ndarray]:
         dims = work.dims(node.outputs[0])
         channels = dims[axis]
         shape = tuple(changeable(node.inputs[1]).shape.numpy())
@@ -285,7 +286,7 @@ def _normalisation(axis: int) -> Rule:
 
 
 #: A rule returns the variables of the node's outputs, absent ones being pinned, and raises Stays where it has none.
-Rule = Callable[["Analysis", ir.Node], Sequence[np.ndarray]]
+Rule = Callable[["Scaling", ir.Node], Sequence[np.ndarray]]
 
 LAYERS: dict[str, Rule] = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}
 
@@ -299,7 +300,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("MaxPool", "AveragePool", "LpPool"), _pool),
     **dict.fromkeys(("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"), _pool),
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2"), _reduce),
-    **dict.fromkeys(("Resize", "Upsample"), _resize),
+    **dict.fromkeys(("Resize", "Upsample"), resize),
     **MOVES,
     **LAYERS,
     "BatchNormalization": _batch_norm,
