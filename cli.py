@@ -144,6 +144,19 @@ def main() -> None:
     help="Calibrate on clean images, mixed and minimax; keep what held-out images show to be better. Takes 3 searches.",
 )
 @click.option(
+    "--prune",
+    metavar="auto|30%|params:50%",
+    help="Cut channels, and repair what is left on the images of --calib: a part of the MACs, or of the parameters.",
+)
+@click.option(
+    "--for",
+    "goal",
+    type=click.Choice(parse.GOALS),
+    default="latency",
+    show_default=True,
+    help="What --prune auto looks for: what is measured to be faster, or the smallest that holds the quality.",
+)
+@click.option(
     "--time-budget", metavar="TIME", help="End the search after so long, e.g. 2min; run again, it goes on from there."
 )
 @click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")

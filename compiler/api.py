@@ -10,7 +10,7 @@ from . import devices as device_table
 from .bundle import Bundle, open_bundle
 from .errors import UnavailableError
 from .inspection import inspect
-from .options import Options, parse_steps
+from .options import Options, parse_prune, parse_steps
 from .types import Budget, DeviceProfile, Fidelity, Inspection, Measurement, Progress, Range, Report, Robustness, silent
 
 __all__ = [
@@ -46,6 +46,8 @@ def compile(
     without: str | Sequence[str] = (),
     degrade: str = "clean",
     robust: bool = False,
+    prune: str | None = None,
+    goal: str = "latency",
     max_drop: float | None = None,
     max_latency_ms: float | None = None,
     max_size_bytes: int | None = None,
@@ -58,10 +60,11 @@ def compile(
 ) -> Report:
     """Compile an ONNX file for a device, leave a bundle in the folder `out`, and return the report.
 
-    `max_drop` is in points (1.0 where None, then a named precision may exceed it), `time_budget` in seconds. `without`
-    names steps of quantization to leave out (options.STEPS). `degrade` says under which conditions the images are
-    calibrated on (quantization/conditions.py); `robust` tries several ways and keeps what held-out images support
-    (quantization/robust.py). Raises the classes of compiler/errors.py; each message says what, where and how to fix.
+    `max_drop` is in points (1.0 where None, then a named precision may exceed it), `time_budget` in seconds.
+    `without` names steps of quantization to leave out (options.STEPS). `degrade` says under which conditions the
+    images are calibrated on (quantization/conditions.py); `robust` tries several ways and keeps what held-out
+    images support (quantization/robust.py). `prune` cuts channels: "auto", "30%" of the MACs, "params:50%"
+    (pruning/). Raises the classes of compiler/errors.py; each message says what, where and how to fix.
     """
     from . import driver
 
@@ -80,6 +83,8 @@ def compile(
         without=parse_steps(without if isinstance(without, str) else ",".join(without)),
         degrade=degrade,
         robust=robust,
+        prune=None if prune is None else parse_prune(prune),
+        goal=goal,
         budget=budget,
         time_budget=time_budget,
         threads=threads,

@@ -28,6 +28,7 @@ from .report import text
 from .types import (
     Attempt,
     Layer,
+    PassRecord,
     Progress,
     Refusal,
     Report,
@@ -61,14 +62,26 @@ def _compile(
     opset = None if scheme is None else needed_opset(scheme)
     float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
     baseline = save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
-    found = lossy(this, float_model, scheme, prover, baseline.path)
+    base, cut = baseline, None
+    if options.prune is not None:
+        from .pruning.pruned import prune  # scipy: heavy
+
+        cut = prune(this, float_model, baseline, work, options.prune)
+        base, prover = cut.base, prover if cut.base is baseline else Prover(cut.base.model, verify=options.verify)
+    found = lossy(this, base.model, scheme, prover, base.path)
     this = found.this or this
-    first = (baseline, *found.candidates)
+    first = (baseline, *(cut.tried if cut is not None else ()), *found.candidates)
     state = closing.close(this, found, State(first, trials.measure(this, first), trials.judge(this, first)), work)
-    named = None if options.precision == "auto" else options.precision
-    attempts = guard.choose([state.attempt(c) for c in state.candidates], options.budget, named=named)
+    attempts = guard.choose(
+        [state.attempt(c) for c in state.candidates],
+        options.budget,
+        named=_named(options),
+        unasked=1
+        if cut is not None and base is not baseline and options.prune is not None and options.prune.saved
+        else 0,
+    )
     chosen, attempt = next((c, a) for c, a in zip(state.candidates, attempts, strict=True) if a.chosen)
-    records += [*found.records, *chosen.records] if chosen is not baseline else []
+    records += _passes(base, found, chosen)
     refusals = (*(r for record in records for r in record.refusals), *found.refusals)
     report = Report(
         model=path.name,
@@ -98,10 +111,30 @@ def _compile(
         seconds=time.perf_counter() - start,
         seed=options.seed,
         robust=found.robust,
+        pruning=None if cut is None else cut.pruning,
     )
     report = replace(report, headline=text.headline(report))
     _write(this, chosen, baseline, report, staged)
     return report, _broken(attempt, options)
+
+
+def _named(options: Options) -> str | None:
+    """Return the precision that is kept to; where cuts are tried out in floats, the fastest is looked for."""
+    tried = options.prune is not None and not options.prune.saved
+    return None if options.precision == "auto" or (tried and options.precision == "fp32") else options.precision
+
+
+def _whole(options: Options, pruned: bool) -> int:
+    """Return how many of the first attempts are whole where something smaller was asked for, and made."""
+    asked = options.prune is not None and (bool(options.prune.saved) or options.goal == "size")
+    return int(pruned and asked)
+
+
+def _passes(base: Candidate, found: Lossy, chosen: Candidate) -> list[PassRecord]:
+    """Return the records of the passes behind the exact ones that made what is handed over."""
+    if chosen.quantizer is None and chosen.precision == "fp32":
+        return list(chosen.records)
+    return [*base.records, *found.records, *chosen.records]
 
 
 # ------------------------------------------------------------------------------------------ reporting

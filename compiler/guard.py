@@ -30,18 +30,27 @@ MARGIN = 1.02
 AS_FAST, AS_PLAIN = 0.97, 0.985
 
 
-def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None) -> tuple[Attempt, ...]:
+def choose(attempts: Sequence[Attempt], budget: Budget, *, named: str | None, unasked: int = 0) -> tuple[Attempt, ...]:
     """Return the attempts with exactly one chosen and a verdict on each.
 
-    The first attempt is the float baseline. `named` is the precision that the user asked for, None for auto.
+    The first attempt is the float baseline. `named` is the precision that the user asked for, None for auto. The first
+    `unasked` attempts are not what was asked for otherwise (they are whole, and a cut was named); what follows them is
+    the float attempt to fall back on.
     """
+    if unasked:
+        others = (replace(a, chosen=False, verdict="the baseline: not what was asked for") for a in attempts[:unasked])
+        return (*others, *_choose(attempts[unasked:], budget, named, True))
+    return _choose(attempts, budget, named, False)
+
+
+def _choose(attempts: Sequence[Attempt], budget: Budget, named: str | None, cut: bool) -> tuple[Attempt, ...]:
     problems = [_problem(a, budget) for a in attempts]
     if named is None:
         problems = [p or (_unjudged(a) if i else None) for i, (p, a) in enumerate(zip(problems, attempts, strict=True))]
     enough = budget.max_latency_ms is not None
     winner = _fastest(attempts, problems, enough) if named is None else _named(attempts, problems, named, budget)
     return tuple(
-        replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named, enough))
+        replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named or cut, enough))
         for i, a in enumerate(attempts)
     )
 
@@ -104,7 +113,7 @@ def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None], enough
         return 0
     if attempts[0].measurement.median_ms is None:
         return _most_integers(attempts, [i for i in inside if i] or inside)
-    faster = [i for i in inside if i and shown_faster(attempts[i])]
+    faster = [i for i in inside if shown_faster(attempts[i])]  # a baseline is not faster than itself
     if not faster and 0 in inside:
         return 0
     among = faster or inside
@@ -161,16 +170,16 @@ def shown_faster(attempt: Attempt) -> bool:
 
 
 def _verdict(
-    attempts: Sequence[Attempt], i: int, winner: int, problem: str | None, named: str | None, enough: bool
+    attempts: Sequence[Attempt], i: int, winner: int, problem: str | None, named: str | bool | None, enough: bool
 ) -> str:
-    """Say why the attempt was chosen or not; the first one is the baseline."""
+    """Say why the attempt was chosen or not; the first one is the baseline, or what was cut as asked."""
     attempt = attempts[i]
     if problem is not None:
         return f"asked for, but {problem}" if i == winner and named else problem
     if i == winner:
         return _reason(attempts, i, named, enough)
     if i == 0:
-        return "the baseline"
+        return "inside the budget" if named is True else "the baseline"
     if attempt.measurement.median_ms is None:
         return "inside the budget"
     if winner == 0:
@@ -183,8 +192,10 @@ def _verdict(
     return "inside the budget, but slower than the chosen one"
 
 
-def _reason(attempts: Sequence[Attempt], winner: int, named: str | None, enough: bool) -> str:
+def _reason(attempts: Sequence[Attempt], winner: int, named: str | bool | None, enough: bool) -> str:
     attempt = attempts[winner]
+    if named is True:
+        return "asked for" if winner == 0 else "the fastest of what was asked for, inside the budget"
     if named:
         return "asked for" if attempt.precision == named else "only exact passes ran"
     if attempt.measurement.median_ms is None:

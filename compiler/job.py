@@ -84,6 +84,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         )
     _check_judge(options)
     _check_degrade(options)
+    _check_prune(options)
     metric = load_metric(options.metric) if options.metric else None
     url = options.target or ("local" if here else None)
     backend = _backend(options, profile, url)
@@ -135,6 +136,13 @@ def calibrated(this: Job, text: str) -> Job:
         return this
     images, several = conditions.calibrated_on(this.images, text, this.options.seed)
     return replace(this, images=images, conditions=several, options=replace(this.options, degrade=text))
+
+
+def _check_prune(options: Options) -> None:
+    """Raise UserError where there are no images to repair by."""
+    if options.prune is not None and options.calib is None:
+        what = "what is left of the network is repaired on images, and there are none"
+        raise UserError(what, where=f"--prune {options.prune.text}", fix="give --calib DIR, a hundred images or more")
 
 
 def _check_degrade(options: Options) -> None:

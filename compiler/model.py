@@ -200,6 +200,12 @@ def weights_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in _constants(model))
 
 
+def parameters(model: ir.Model) -> int:
+    """How many numbers the float constants of `model` hold."""
+    floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+    return sum(tensor.size for tensor in _constants(model) if tensor.dtype in floats)
+
+
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     """What a caller must give: name, numpy dtype name and shape of the inputs that are not initializers.
 

@@ -13,11 +13,22 @@ from .types import Budget
 PRECISIONS = ("auto", "fp32", "fp16", "int8", "fp8", "int4", "w4a8")
 #: The steps of quantization that `--without` can leave out, in their order.
 STEPS = ("smooth", "absorb", "equalize", "ranges", "bias-correction", "rounding", "mixed-precision")
+#: What cuts are made for: to be faster, or to be small, however fast that is.
+GOALS = ("latency", "size")
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _LONG_TIME = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
 _SIZE = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Prune:
+    """What `--prune` asks for: parts of the cost to save, "macs" or "params"; none of them for auto."""
+
+    text: str
+    kind: str = "macs"
+    saved: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class Options:
     without: tuple[str, ...] = ()
     degrade: str = "clean"
     robust: bool = False
+    prune: Prune | None = None
+    goal: str = "latency"
     budget: Budget = Budget()
     time_budget: float | None = None
     threads: int = 0
@@ -68,6 +81,24 @@ def parse_steps(text: str) -> tuple[str, ...]:
         fix = "choose among: " + ", ".join(STEPS)
         raise UserError(f"no step of quantization is called {unknown[0]!r}", where="--without", fix=fix)
     return names
+
+
+def parse_prune(text: str) -> Prune:
+    """Return "auto", "30%" (of the MACs), "macs:30%" or "params:50%". UserError otherwise."""
+    kind, colon, part = text.strip().partition(":")
+    kind, part = (kind, part) if colon else ("macs", kind)
+    if part == "auto" and not colon:
+        return Prune("auto")
+    if kind not in ("macs", "params"):
+        fix = "write it like auto, 30%, macs:30% or params:50%"
+        raise UserError(f"{kind!r} is nothing that can be saved", where=f"--prune {text}", fix=fix)
+    percent = _number(part, {"%": 1.0}, "--prune", "auto, 30%, macs:30% or params:50%")
+    if not 0 < percent < 100:
+        raise UserError(
+            f"{part} is no part of a network", where=f"--prune {text}", fix="give more than 0% and less than 100%"
+        )
+    what = "MACs" if kind == "macs" else "parameters"
+    return Prune(f"{percent:g}% of the {what}", kind, (percent / 100,))
 
 
 def parse_bytes(text: str) -> int:

@@ -559,6 +559,41 @@ class RobustChoice:
 
 
 @dataclass(frozen=True)
+class PrunedLayer:
+    """One linear layer's channels and multiply-accumulates (None where shapes are unknown) before and after a cut."""
+
+    node: str
+    inputs: int
+    outputs: int
+    inputs_left: int
+    outputs_left: int
+    macs: int | None
+    macs_left: int | None
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `--prune` came to: what was asked, what was kept and why.
+
+    Where something was cut (`kept`), `candidate` is the row of the attempts that has its latency, and `unrepaired` and
+    `repaired` are the cut network beside the original on the images to judge by; None without such images.
+    """
+
+    asked: str
+    why: str
+    criterion: str
+    groups: int
+    kept: bool
+    candidate: str | None = None
+    layers: tuple[PrunedLayer, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    parameters_before: int | None = None
+    parameters_after: int | None = None
+    unrepaired: Fidelity | None = None
+    repaired: Fidelity | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a compile found out; terminal, JSON and HTML are three views of it."""
 
@@ -589,3 +624,4 @@ class Report:
     seconds: float = 0.0
     seed: int = 0
     robust: RobustChoice | None = None
+    pruning: Pruning | None = None

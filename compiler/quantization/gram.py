@@ -124,6 +124,10 @@ class Moments:
         """Y'X (groups, out, in)."""
         return self._cross - self._about(self._y, self._x)
 
+    def mean(self) -> np.ndarray:
+        """Return the mean of what is read (groups, in); 0 where no bias takes care of it."""
+        return self._x / max(self.rows, 1) if self.layout.biased else np.zeros_like(self._x)
+
     def _about(self, one: np.ndarray, other: np.ndarray) -> np.ndarray | float:
         return one[:, :, None] * other[:, None, :] / max(self.rows, 1) if self.layout.biased else 0.0
 

@@ -1,4 +1,4 @@
-"""The float and the quantized network run side by side over few images, layer by layer, nothing run twice.
+"""The float and the quantized, or pruned, network run side by side over few images, layer by layer, nothing run twice.
 
 Both graphs are cut at their linear layers. What later nodes still read is held in memory for all images, and a segment
 runs on that alone. At a layer, the walk has what the float network reads and gives, and what the layer reads behind
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ...passes.weight_writer import added_bias, dequantize, takes_shift
+from ...passes.weight_writer import added_bias, takes_shift
 from ..layers import LINEAR
 from ..types import Progress, StoredWeight, silent
 from . import gram
@@ -43,11 +43,16 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The weight chosen for a layer, and the objective of plain rounding and of the choice (see passes/rounding.py)."""
+    """The float32 weight chosen for a layer, of the shape it has in the float model.
 
-    stored: StoredWeight
-    objective_nearest: float
-    objective_chosen: float
+    `stored` is what it is stored as where it is rounded, with the objective of plain rounding and of the choice (see
+    passes/rounding.py).
+    """
+
+    weight: np.ndarray
+    stored: StoredWeight | None = None
+    objective_nearest: float | None = None
+    objective_chosen: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +61,8 @@ class LayerStep:
 
     `sqnr_in_db` and `sqnr_out_db` are those of its input and (shifted) output against the float network;
     `sqnr_own_db` is the rounding of its weight alone, on the inputs it really gets. `shift` (float64, one per output
-    channel) is what its bias needs; None where it takes none. `stored` is None with a `reason` where nothing was
-    chosen.
+    channel) is what its bias needs; None where it takes none. `weight`, and `stored` where it is rounded, are what was
+    chosen; None with a `reason` where nothing was.
     """
 
     node: str
@@ -65,6 +70,7 @@ class LayerStep:
     sqnr_out_db: float
     sqnr_own_db: float | None = None
     shift: np.ndarray | None = None
+    weight: np.ndarray | None = None
     stored: StoredWeight | None = None
     objective_nearest: float | None = None
     objective_chosen: float | None = None
@@ -81,6 +87,7 @@ def walk(
     feeds: Sequence[Mapping[str, np.ndarray]],
     choose: Choose | None = None,
     *,
+    floats: bool = False,
     correct: bool = True,
     follow_skips: bool = True,
     seed: int = 0,
@@ -89,14 +96,15 @@ def walk(
 ) -> tuple[LayerStep, ...]:
     """Return a step for each linear layer that both models have, in topological order; neither model is changed.
 
-    `quantized` was made from `original` by passes/quantize.py. `feeds` are batches of inputs. Without `choose` the
+    `quantized` was made from `original` by passes/quantize.py; or, with `floats`, it is a float model whose weights are
+    chosen all the same. `feeds` are batches of inputs. Without `choose` the
     quantized model's own weights are measured. `correct=False` leaves biases alone, `follow_skips=False` the errors of
     skip branches.
     """
     twins = {node.name: node for node in quantized.graph}
     layers = [(n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name))]
     pair = _Pair(Stream(original, feeds, threads), Stream(quantized, feeds, threads), twins)
-    options = _Options(choose, correct, follow_skips, np.random.default_rng(seed))
+    options = _Options(choose, floats, correct, follow_skips, np.random.default_rng(seed))
     steps = []
     for node, twin in layers:
         steps.append(_step(node, twin, pair, options))
@@ -130,6 +138,7 @@ def peak_bytes(model: ir.Model, feed: Mapping[str, np.ndarray], threads: int = 0
 @dataclass(frozen=True)
 class _Options:
     choose: Choose | None
+    floats: bool
     correct: bool
     follow_skips: bool
     rng: np.random.Generator
@@ -154,15 +163,15 @@ def _step(node: ir.Node, twin: ir.Node, pair: _Pair, options: _Options) -> Layer
     target = _target(node, y, pair) if options.follow_skips else y
     weight = twin.inputs[1]
     assert weight is not None
-    quantized = not weight.is_initializer()
-    picked = _pick(node, coarse_x, target, options) if quantized else _Picked(reason="left in float")
+    changes = options.floats or not weight.is_initializer()
+    picked = _pick(node, coarse_x, target, options) if changes else _Picked(reason="left in float")
     del coarse_x
     if picked.choice is not None:
-        array = dequantize(picked.choice.stored)
+        array = picked.choice.weight
         pair.coarse.fix(weight, array.T if _turned(node, twin) else array)
     coarse_y = pair.coarse.pull(twin.outputs[0])
     shift = None
-    if options.correct and quantized and takes_shift(node):
+    if options.correct and changes and takes_shift(node):
         shift = _shift(target, coarse_y, 1 if node.op_type.startswith("Conv") else coarse_y[0].ndim - 1)
     choice = picked.choice
     return LayerStep(
@@ -171,6 +180,7 @@ def _step(node: ir.Node, twin: ir.Node, pair: _Pair, options: _Options) -> Layer
         sqnr_out_db=_decibels(y, coarse_y),
         sqnr_own_db=picked.own_db,
         shift=shift,
+        weight=choice.weight if choice else None,
         stored=choice.stored if choice else None,
         objective_nearest=choice.objective_nearest if choice else None,
         objective_chosen=choice.objective_chosen if choice else None,
@@ -194,7 +204,7 @@ def _pick(node: ir.Node, x: Arrays, target: Arrays, options: _Options) -> _Picke
     if isinstance(layout, str):
         return _Picked(reason=layout)
     layout = replace(layout, biased=takes_shift(node) and options.correct)
-    moments, bias = gram.Moments(layout), _bias(node, weight.size // layout.inputs).reshape(layout.groups, 1, -1)
+    moments, bias = gram.Moments(layout), bias_of(node, weight.size // layout.inputs).reshape(layout.groups, 1, -1)
     most = math.ceil(max(ROWS, ROWS_PER_INPUT * layout.inputs) / len(x))
     for one, wanted in zip(x, target, strict=True):
         rows, values = layout.rows(one, wanted, most, options.rng)
@@ -202,11 +212,11 @@ def _pick(node: ir.Node, x: Arrays, target: Arrays, options: _Options) -> _Picke
     choice = options.choose(Site(node, weight, moments))
     if isinstance(choice, str):
         return _Picked(reason=choice)
-    error = layout.matrix(dequantize(choice.stored).astype(np.float64) - weight)
+    error = layout.matrix(choice.weight.astype(np.float64) - weight)
     return _Picked(choice, _ratio_db(moments.energy, float(((error @ moments.gram()) * error).sum())))
 
 
-def _bias(node: ir.Node, channels: int) -> np.ndarray:
+def bias_of(node: ir.Node, channels: int) -> np.ndarray:
     """Return the layer's constant bias, one float64 per output channel; zeros where it has none."""
     value = node.inputs[2] if len(node.inputs) > 2 else None
     if value is None or value.const_value is None:

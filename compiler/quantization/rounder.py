@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes import rounding
-from ...passes.weight_writer import WeightFormat, weight_format
+from ...passes.weight_writer import WeightFormat, dequantize, weight_format
 from .. import model as model_io
 from ..types import Progress, StoredWeight, silent
 from .layerwise import Choice, LayerStep, Site, peak_bytes, walk
@@ -144,4 +144,4 @@ def chosen(site: Site, kind: WeightFormat, method: str, shrink: float | None = N
         scales = scales.T
     integers = np.ascontiguousarray(layout.unmatrix(best.integers))
     stored = StoredWeight(integers, np.ascontiguousarray(scales), kind.axis, kind.dtype, kind.block)
-    return Choice(stored, plain.objective, best.objective)
+    return Choice(dequantize(stored), stored, plain.objective, best.objective)

@@ -1,0 +1,271 @@
+"""In which order the units of each group would go, and what that costs at the network's outputs.
+
+The default, `obs`: what a layer reads of a group is summed up in X'X (gram.py), of exact inputs; a unit goes where the
+reconstruction error of all layers that read the group, refitted, rises least (structured OBS; passes/pruning.py). For
+comparison there are
+
+    l1, l2      the norm of the unit's elements of the weights that make it (Li et al., "Pruning Filters for Efficient
+                ConvNets", 2017)
+    bn          the magnitude of BatchNormalization's scale (Liu et al., "Network Slimming", 2017), of the model before
+                it was folded
+    energy      the mean square of what is read of the unit
+
+whose errors on the way come from the same sums. A local error says little of the outputs: a group far from them may be
+amplified. So the outputs' error is measured with some parts of one group gone and its readers refitted, and the curve
+goes through that: e(r) = local(r) * (measured / local), the ratio interpolated over local error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+
+from ...backends.ort import Session
+from ...passes import pruning
+from ...passes.channel_cuts import ChannelGroup, Member
+from ...passes.constants import Names
+from ...passes.weight_writer import takes_shift
+from .. import model as model_io
+from ..quantization import gram
+from ..quantization.layerwise import ROWS, ROWS_PER_INPUT, bias_of, is_layer
+from ..quantization.stream import Stream
+from ..types import Progress, silent
+from .repair import shift_bias
+
+#: The parts of a group that go when its outputs' error is measured.
+PROBED = (0.25, 0.5, 0.75)
+#: Images that it is measured on.
+_PROBE_IMAGES = 128
+CRITERIA = ("obs", "l1", "l2", "bn", "energy")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """A group's units in the order in which they go, and the outputs' relative error after 0, 1, 2, … of them."""
+
+    order: tuple[int, ...]
+    curve: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """A layer that reads a group: its sums, its weight (out, in), the unit of each column, and the mean it reads."""
+
+    node: ir.Node
+    layout: gram.Layout
+    gram: np.ndarray
+    weight: np.ndarray
+    units: np.ndarray
+    mean: np.ndarray
+
+
+def rank(
+    model: ir.Model,
+    groups: Sequence[ChannelGroup],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    criterion: str = "obs",
+    *,
+    scales: Mapping[str, np.ndarray] | None = None,
+    ridge: float = pruning.RIDGE,
+    probes: Sequence[float] = PROBED,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Ranking]:
+    """Return the ranking of each group that some layer with a Gram matrix reads, by the group's name.
+
+    `scales` are BatchNormalization's, by the name of the layer before it, for "bn"; where a group has none, "l1" takes
+    its place. Groups that no such layer reads are left out: nothing could be repaired.
+    """
+    stream, rng = Stream(model, feeds, threads), np.random.default_rng(seed)
+    probe = _Probe(model, feeds, threads)
+    left = {group.name: set(group.consumers) for group in groups}
+    readers: dict[str, list[_Reader]] = {group.name: [] for group in groups}
+    found: dict[str, Ranking] = {}
+    for node in [node for node in model.graph if is_layer(node)]:
+        mine = [group for group in groups if (node.name or "") in left[group.name]]
+        read = _read(node, mine, stream, rng) if mine else {}
+        for group in mine:
+            left[group.name].discard(node.name or "")
+            if group.name in read:
+                readers[group.name].append(read[group.name])
+            if not left[group.name]:
+                mine_only = readers.pop(group.name)
+                if mine_only:
+                    found[group.name] = _ranked(model, group, mine_only, criterion, scales or {}, ridge, probe, probes)
+                progress("ranking channels", len(groups) - len(readers), len(groups))
+    return found
+
+
+def _read(
+    node: ir.Node, groups: Sequence[ChannelGroup], stream: Stream, rng: np.random.Generator
+) -> dict[str, _Reader]:
+    """Return the sums over what a layer reads, for each group that it reads; nothing where it has no Gram matrix."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    array = weight.const_value.numpy()
+    layout = gram.layout(node, array.shape)
+    if isinstance(layout, str) or layout.groups > 1:
+        return {}
+    layout = replace(layout, biased=takes_shift(node))
+    x, y = stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
+    moments, bias = gram.Moments(layout), bias_of(node, array.size // layout.inputs).reshape(1, 1, -1)
+    most = -(-max(ROWS, ROWS_PER_INPUT * layout.inputs) // len(x))
+    for one, wanted in zip(x, y, strict=True):
+        rows, values = layout.rows(one, wanted, most, rng)
+        moments.add(rows, values - bias)
+    matrix = layout.matrix(array.astype(np.float64))[0]
+    found = {}
+    for group in groups:
+        member = _member(group, node, axes_of(node)[0])
+        if member is None:
+            continue
+        shape = [1] * array.ndim
+        shape[member.axis] = -1
+        spread = np.broadcast_to(member.units.reshape(shape), array.shape)
+        units = layout.matrix(spread)[0][0]  # alike for all outputs: the group is along the inputs
+        if (layout.matrix(spread)[0] == units).all():
+            found[group.name] = _Reader(node, layout, moments.gram()[0], matrix, units, moments.mean()[0])
+    return found
+
+
+# ------------------------------------------------------------------------------------------- one group
+
+
+def _ranked(
+    model: ir.Model,
+    group: ChannelGroup,
+    readers: Sequence[_Reader],
+    criterion: str,
+    scales: Mapping[str, np.ndarray],
+    ridge: float,
+    probe: _Probe,
+    probes: Sequence[float],
+) -> Ranking:
+    each = [_weighed(reader) for reader in readers]
+    order = None
+    if criterion != "obs":
+        order = [int(unit) for unit in np.argsort(_scores(model, group, readers, criterion, scales), kind="stable")]
+    found = pruning.eliminate(each, group.units, cuts=group.units - 1, ridge=ridge, order=order)
+    order, local = found.order.tolist(), found.errors
+    counts = sorted({round(part * group.units) for part in probes} & set(range(1, len(local))))
+    lost = [probe.error(readers, order[:count], ridge) for count in counts]
+    return Ranking(tuple(order), pruning.measured_curve(local, counts, lost) if counts else local)
+
+
+def _weighed(reader: _Reader) -> pruning.Reader:
+    """Return a reader whose errors count relative to what the layer gives."""
+    energy = float(np.einsum("oi,ij,oj->", reader.weight, reader.gram, reader.weight, optimize=True))
+    cross = reader.weight @ reader.gram
+    return pruning.Reader(reader.gram, cross, reader.units, 1 / energy if energy > 0 else 0.0, reader.weight)
+
+
+def _scores(
+    model: ir.Model,
+    group: ChannelGroup,
+    readers: Sequence[_Reader],
+    criterion: str,
+    scales: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """Return the importance of each unit, by a criterion that looks at one unit alone."""
+    scores = np.zeros(group.units)
+    if criterion == "energy":
+        for reader in readers:
+            inside = reader.units >= 0
+            np.add.at(scores, reader.units[inside], np.diagonal(reader.gram)[inside])
+        return scores
+    if criterion == "bn" and any(name in scales for name in group.producers):
+        for member in group.members:
+            if member.node in scales and len(scales[member.node]) == len(member.units) and member.axis == 0:
+                inside = member.units >= 0
+                np.add.at(scores, member.units[inside], np.abs(scales[member.node])[inside])
+        return scores
+    for node in model.graph:
+        made = _member(group, node, axes_of(node)[1]) if node.name in group.producers else None
+        if made is None:
+            continue
+        array = np.abs(_array(node).astype(np.float64)) ** (2 if criterion == "l2" else 1)
+        sums = array.sum(axis=tuple(axis for axis in range(array.ndim) if axis != made.axis))
+        np.add.at(scores, made.units[made.units >= 0], sums[made.units >= 0])
+    return scores
+
+
+def _array(node: ir.Node) -> np.ndarray:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    return weight.const_value.numpy()
+
+
+def _member(group: ChannelGroup, node: ir.Node, axis: int) -> Member | None:
+    """Return which units of a group the indices of a layer's weight are, along an axis."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if weight is None or weight.const_value is None:
+        return None
+    return next((m for m in group.members if (m.node, m.tensor, m.axis) == (node.name, weight.name, axis)), None)
+
+
+def axes_of(node: ir.Node) -> tuple[int, int]:
+    """Return along which axes a linear layer's weight has its inputs and its outputs."""
+    turned = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    return (1, 0) if turned or node.op_type == "Conv" else (0, 1)  # ConvTranspose: outputs of one group
+
+
+# ------------------------------------------------------------------------------------------- the outputs' error
+
+
+class _Probe:
+    """The float model on a few images, and what comes out when the readers of one group have lost some units."""
+
+    def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], threads: int) -> None:
+        self._model, self._threads = model, threads
+        self._feeds = _spread(feeds, _PROBE_IMAGES)
+        self._expected = self._run(model)
+
+    def error(self, readers: Sequence[_Reader], removed: Sequence[int], ridge: float) -> float:
+        """Return the error energy of the worst output over its signal's."""
+        twin = model_io.copy(self._model)
+        nodes, names = {node.name: node for node in twin.graph}, Names.of(twin)
+        for reader in readers:
+            kept = np.flatnonzero(~np.isin(reader.units, list(removed)))
+            fitted = np.zeros(reader.weight.shape)
+            cross = reader.weight @ reader.gram
+            fitted[:, kept] = pruning.refit(reader.gram, cross, kept, ridge, reader.weight)
+            weight = nodes[reader.node.name].inputs[1]
+            assert weight is not None
+            array = np.ascontiguousarray(reader.layout.unmatrix(fitted[None])).astype(np.float32)
+            weight.const_value = ir.tensor(array, name=weight.name)
+            if reader.layout.biased:
+                lost = (reader.weight - fitted) @ reader.mean
+                shift_bias(twin.graph, nodes[reader.node.name], lost, names)
+        found = self._run(twin)
+        sums = {
+            name: [
+                sum(float(np.square(d, dtype=np.float64).sum()) for d in each) for each in (y, _less(y, found[name]))
+            ]
+            for name, y in self._expected.items()
+        }
+        return max((error / signal for signal, error in sums.values() if signal > 0), default=0.0)
+
+    def _run(self, model: ir.Model) -> dict[str, list[np.ndarray]]:
+        with TemporaryDirectory() as folder:
+            session = Session(model_io.session_source(model, Path(folder)), threads=self._threads)
+            runs = [session.run(feed) for feed in self._feeds]
+        return {name: [run[name] for run in runs] for name, y in runs[0].items() if y.dtype.kind == "f"}
+
+
+def _spread(feeds: Sequence[Mapping[str, np.ndarray]], count: int) -> list[Mapping[str, np.ndarray]]:
+    """Return about so many rows of the batches, evenly: folders are sorted by class. Fixed batches stay whole."""
+    total = sum(len(next(iter(feed.values()))) for feed in feeds)
+    step = max(1, total // count)
+    if any(len(v) < step for feed in feeds for v in feed.values()):
+        return list(feeds[::step])
+    return [{name: v[::step] for name, v in feed.items()} for feed in feeds]
+
+
+def _less(y: Sequence[np.ndarray], z: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [a.astype(np.float64) - b for a, b in zip(y, z, strict=True)]
