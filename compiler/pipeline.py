@@ -31,6 +31,11 @@ def exact_passes(opset: int | None = None) -> list[Pass]:
     return [p for p in passes if p is not None]
 
 
+def unfolded_passes(opset: int | None = None) -> list[Pass]:
+    """Return those of them that leave BatchNormalization where it is."""
+    return [step for step in exact_passes(opset) if step.stage != "fold"]
+
+
 def run(model: ir.Model, passes: Sequence[Pass], prover: Prover | None) -> tuple[ir.Model, list[PassRecord]]:
     """Run the passes on `model` (changed in place) and return the result with a record for each.
 

@@ -41,6 +41,9 @@ from .repair import shift_bias
 PROBED = (0.25, 0.5, 0.75)
 #: Images that it is measured on.
 _PROBE_IMAGES = 128
+#: Errors of a residual stream, which several layers read, stay where they are; those inside a block are made up for by
+#: the blocks behind it, to two fifths of what was measured before repair on ResNet-20.
+_LASTING = 3.0
 CRITERIA = ("obs", "l1", "l2", "bn", "energy")
 
 
@@ -102,6 +105,17 @@ def rank(
     return found
 
 
+def batch_norm_scales(model: ir.Model) -> dict[str, np.ndarray]:
+    """Return the scale of each BatchNormalization that follows a layer, by the layer's name; of an unfolded model."""
+    found = {}
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.op_type == "BatchNormalization" and node.inputs[0] else None
+        scale = node.inputs[1] if before is not None else None
+        if before is not None and before.name and scale is not None and scale.const_value is not None:
+            found[before.name] = scale.const_value.numpy().reshape(-1)
+    return found
+
+
 def _read(
     node: ir.Node, groups: Sequence[ChannelGroup], stream: Stream, rng: np.random.Generator
 ) -> dict[str, _Reader]:
@@ -153,8 +167,9 @@ def _ranked(
         order = [int(unit) for unit in np.argsort(_scores(model, group, readers, criterion, scales), kind="stable")]
     found = pruning.eliminate(each, group.units, cuts=group.units - 1, ridge=ridge, order=order)
     order, local = found.order.tolist(), found.errors
+    factor = _LASTING if len(readers) > 1 else 1.0
     counts = sorted({round(part * group.units) for part in probes} & set(range(1, len(local))))
-    lost = [probe.error(readers, order[:count], ridge) for count in counts]
+    lost = [factor * probe.error(readers, order[:count], ridge) for count in counts]
     return Ranking(tuple(order), pruning.measured_curve(local, counts, lost) if counts else local)
 
 

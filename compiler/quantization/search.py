@@ -90,8 +90,7 @@ def from_ranges(this: Job, model: ir.Model, scheme: QuantScheme) -> Found:
     if "bias-correction" in this.options.without:
         return Found(quantizer)
     start = time.perf_counter()
-    passes = [step for step in pipeline.exact_passes(needed_opset(scheme)) if step.stage != "fold"]
-    unfolded, _ = pipeline.run(model_io.load(this.path), passes, None)
+    unfolded, _ = pipeline.run(model_io.load(this.path), pipeline.unfolded_passes(needed_opset(scheme)), None)
     corrected = analytic_bias.corrected(quantizer, unfolded)
     layers = len(corrected.bias_shift)
     detail = f"{layers} layers, from BatchNormalization's statistics; there are no images to judge it by"
