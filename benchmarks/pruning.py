@@ -18,6 +18,7 @@ from edgec.compiler import fidelity, job, pipeline
 from edgec.compiler import model as model_io
 from edgec.compiler.options import Options
 from edgec.compiler.pruning import allocation, importance
+from edgec.compiler.pruning.pruned import steps_of
 from edgec.compiler.pruning.repair import repaired
 from edgec.compiler.quantization.rounder import calibration_feeds
 from edgec.compiler.types import silent
@@ -43,7 +44,7 @@ def run(case: Case, data: Path, place: Path, criteria: list[str], saved: list[fl
     model, _ = pipeline.run(model_io.copy(original), [*pipeline.exact_passes(), JoinMoves()], None)
     groups = channel_cuts.groups(model)
     feeds = calibration_feeds(model, this.images, threads=threads)
-    costs = allocation.costs(model, groups.groups, "macs")
+    costs, steps = allocation.costs(model, groups.groups, "macs"), steps_of(groups, this.profile.kind)
     count = sum(len(next(iter(feed.values()))) for feed in feeds)
     print(f"\n### {case.model}: {len(groups.groups)} groups, {count} images to repair by\n")
     heads = ("criterion", "MACs cut %", "parameters cut %", "figure", "FP32", "cut", "repaired")
@@ -55,7 +56,7 @@ def run(case: Case, data: Path, place: Path, criteria: list[str], saved: list[fl
         ranked = time.perf_counter() - start
         for part in saved:
             start = time.perf_counter()
-            removed = groups.feasible(allocation.allocate(costs, rankings, part))
+            removed = groups.feasible(allocation.allocate(costs, rankings, part, steps))
             models = {
                 "cut": channel_cuts.cut(model, removed),
                 "repaired": repaired(model, removed, feeds, pruning.RIDGE, threads=threads),
