@@ -3,8 +3,9 @@
     python benchmarks/robustness.py --data DIR [--only resnet20] [--seeds 5] [--images 2000] [--threads 1]
 
 DIR as for int8.py; the digits come with the repository. For each seed, four fifths of the calibration images are drawn
-anew, and with them each network is quantized three times by search.py: calibrated clean, mixed and minimax (nothing in
-float beyond what cannot be quantized). FP32 and the three then see the same held-out images under each of QRID's
+anew, and with them each network is quantized three times: calibrated clean, mixed and minimax; classifiers by search.py
+(nothing in float beyond what cannot be quantized), detectors, which do not bear that, by a whole `compile --precision
+int8` with its mixed precision. FP32 and the three then see the same held-out images under each of QRID's
 conditions (calib/degradations.py), which the seed makes, too. Two tables a model, in Markdown:
 
     what INT8 adds    points that INT8 loses beside FP32 under the same condition: the mean over the seeds, its 95 %
@@ -26,10 +27,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx_ir as ir
 from edgec.backends.ort import Session
 from edgec.calib import degrade
-from edgec.calib.folder import together
-from edgec.compiler import fidelity, job, pipeline
+from edgec.calib.folder import Folder, together
+from edgec.compiler import api, fidelity, job, pipeline
 from edgec.compiler import model as model_io
 from edgec.compiler.fidelity import Comparison
 from edgec.compiler.options import Options
@@ -86,10 +88,15 @@ def compare(subject: Subject, seed: int, count: int, threads: int) -> Comparison
     scheme, prover = job.quant_scheme(this), Prover(original)
     passes = pipeline.exact_passes(needed_opset(scheme))
     model, _ = pipeline.run(model_io.copy(original), passes, prover)
-    ways = {way: search(job.calibrated(this, way), model, scheme, prover).quantizer for way in WAYS}
+
+    def quantized(way: str) -> ir.Model:
+        if subject.metric is not None:
+            return compiled(subject, this.images, way, seed, threads)
+        return search(job.calibrated(this, way), model, scheme, prover).quantizer.build().model
+
     images = this.judged.subset(range(0, len(this.judged), -(-len(this.judged) // count)))
     with TemporaryDirectory() as folder:
-        built = {w: Session(model_io.session_source(q.build().model, Path(folder))) for w, q in ways.items()}
+        built = {way: Session(model_io.session_source(quantized(way), Path(folder))) for way in WAYS}
         return fidelity.compare_together(
             Session(model_io.session_source(model, Path(folder))),  # folded: the same numbers, and faster
             built,
@@ -98,6 +105,21 @@ def compare(subject: Subject, seed: int, count: int, threads: int) -> Comparison
             metric=this.metric,
             labelled=this.judged.labels() is not None,
         )
+
+
+def compiled(subject: Subject, images: Folder, way: str, seed: int, threads: int) -> ir.Model:
+    """Return what the command makes of some of the images."""
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "images"
+        folder.mkdir()
+        for item in images.items:
+            (folder / Path(item.name).name).symlink_to((subject.calib / item.name).resolve())
+        out = Path(place) / "out"
+        api.compile(
+            subject.model, out, calib=folder, precision="int8", degrade=way, preprocess=subject.preprocess,
+            metric=subject.metric, threads=threads, seed=seed,
+        )  # fmt: skip
+        return model_io.load(next(out.glob("*.onnx")))
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
