@@ -76,9 +76,7 @@ def _compile(
         [state.attempt(c) for c in state.candidates],
         options.budget,
         named=_named(options),
-        unasked=1
-        if cut is not None and base is not baseline and options.prune is not None and options.prune.saved
-        else 0,
+        unasked=_whole(options, base is not baseline),
     )
     chosen, attempt = next((c, a) for c, a in zip(state.candidates, attempts, strict=True) if a.chosen)
     records += _passes(base, found, chosen)

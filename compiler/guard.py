@@ -50,7 +50,7 @@ def _choose(attempts: Sequence[Attempt], budget: Budget, named: str | None, cut:
     enough = budget.max_latency_ms is not None
     winner = _fastest(attempts, problems, enough) if named is None else _named(attempts, problems, named, budget)
     return tuple(
-        replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named or cut, enough))
+        replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named, cut, enough))
         for i, a in enumerate(attempts)
     )
 
@@ -170,16 +170,16 @@ def shown_faster(attempt: Attempt) -> bool:
 
 
 def _verdict(
-    attempts: Sequence[Attempt], i: int, winner: int, problem: str | None, named: str | bool | None, enough: bool
+    attempts: Sequence[Attempt], i: int, winner: int, problem: str | None, named: str | None, cut: bool, enough: bool
 ) -> str:
     """Say why the attempt was chosen or not; the first one is the baseline, or what was cut as asked."""
     attempt = attempts[i]
     if problem is not None:
-        return f"asked for, but {problem}" if i == winner and named else problem
+        return f"asked for, but {problem}" if i == winner and (named or cut) else problem
     if i == winner:
-        return _reason(attempts, i, named, enough)
+        return _reason(attempts, i, named, cut, enough)
     if i == 0:
-        return "inside the budget" if named is True else "the baseline"
+        return "inside the budget" if cut else "the baseline"
     if attempt.measurement.median_ms is None:
         return "inside the budget"
     if winner == 0:
@@ -192,12 +192,12 @@ def _verdict(
     return "inside the budget, but slower than the chosen one"
 
 
-def _reason(attempts: Sequence[Attempt], winner: int, named: str | bool | None, enough: bool) -> str:
+def _reason(attempts: Sequence[Attempt], winner: int, named: str | None, cut: bool, enough: bool) -> str:
     attempt = attempts[winner]
-    if named is True:
-        return "asked for" if winner == 0 else "the fastest of what was asked for, inside the budget"
     if named:
         return "asked for" if attempt.precision == named else "only exact passes ran"
+    if cut:
+        return "asked for" if winner == 0 else "the fastest of what was asked for, inside the budget"
     if attempt.measurement.median_ms is None:
         return "inside the budget; speed not measured"
     if winner == 0:

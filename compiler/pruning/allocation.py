@@ -14,7 +14,7 @@ MACs or its parameters. The greedy walk is passes/pruning.py's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,9 @@ from ...passes import pruning
 from ...passes.channel_cuts import ChannelGroup
 from .. import layers
 from .importance import Ranking
+
+#: How many steps at a time are tried to be given back: a curve may be level for a while.
+STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +44,16 @@ class Costs:
     whole: Mapping[str, float]
     axes: Mapping[str, tuple[Axis, ...]]
 
-    def of(self, removed: Mapping[str, Sequence[int]]) -> float:
+    def of(self, removed: Mapping[str, Collection[int]]) -> float:
         """Return the cost of the network without these units."""
         return sum(self.of_layer(name, removed) for name in self.whole)
 
-    def of_layer(self, name: str, removed: Mapping[str, Sequence[int]]) -> float:
+    def of_layer(self, name: str, removed: Mapping[str, Collection[int]]) -> float:
         """Return the cost of one layer without these units."""
         cost = self.whole[name]
         for axis in self.axes.get(name, ()):
-            gone = sum(
-                int(np.isin(units, removed[group]).sum()) for group, units in axis.units.items() if removed.get(group)
-            )
-            cost *= 1 - gone / axis.size
+            gone = sum(np.isin(units, list(removed.get(group, ()))).sum() for group, units in axis.units.items())
+            cost *= 1 - float(gone) / axis.size
         return cost
 
 
@@ -87,6 +88,8 @@ def allocate(
     `steps`: group -> how many units go at a time, 1 if not named. At least one unit of each group stays.
     """
     names, tables = list(rankings), _tables(costs, rankings)
+    curves = [ranking.curve for ranking in rankings.values()]
+    sizes, budget = [(steps or {}).get(name, 1) for name in names], (1 - saved) * costs.of({})
 
     def cost(cuts: Sequence[int]) -> float:
         taken = dict(zip(names, cuts, strict=True))
@@ -96,13 +99,36 @@ def allocate(
         )
 
     cuts = pruning.allocate(
-        [ranking.curve for ranking in rankings.values()],
+        curves,
         cost,
-        (1 - saved) * costs.of({}),
-        steps=[(steps or {}).get(name, 1) for name in names],
+        budget,
+        steps=sizes,
         least=[0] * len(names),  # the curves end before the last unit
     )
+    cuts = _given_back(curves, cost, budget, sizes, cuts)
     return {name: list(rankings[name].order[:count]) for name, count in zip(names, cuts, strict=True) if count}
+
+
+def _given_back(
+    curves: Sequence[np.ndarray],
+    cost: Callable[[Sequence[int]], float],
+    budget: float,
+    steps: Sequence[int],
+    cuts: Sequence[int],
+) -> list[int]:
+    """Return fewer cuts where the last strides of the walk went past the budget: what costs most error comes back."""
+    cuts = list(cuts)
+    while True:
+        fewer = [
+            (float(curve[taken] - curve[to]), [to if i == group else k for i, k in enumerate(cuts)])
+            for group, (curve, step, taken) in enumerate(zip(curves, steps, cuts, strict=True))
+            for to in (taken - step * stride for stride in STRIDES)
+            if to >= 0
+        ]
+        fitting = [(back, to) for back, to in fewer if back > 0 and cost(to) <= budget]
+        if not fitting:
+            return cuts
+        _, cuts = max(fitting)
 
 
 def _tables(costs: Costs, rankings: Mapping[str, Ranking]) -> dict[str, list[dict[str, np.ndarray]]]:

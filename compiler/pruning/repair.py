@@ -87,8 +87,8 @@ def shift_bias(graph: ir.Graph, node: ir.Node, shift: np.ndarray, names: Names) 
     reader, index = (node, 2) if added is None else added
     old = reader.inputs[index] if index < len(reader.inputs) else None
     before = np.zeros(1) if old is None or old.const_value is None else old.const_value.numpy().astype(np.float64)
-    scale = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
-    array = (before + shift / scale).astype(np.float32)
+    beta = node.attributes.pop("beta", None) if node.op_type == "Gemm" else None
+    array = (before * (1.0 if beta is None else beta.as_float()) + shift).astype(np.float32)
     name = names.fresh(f"{node.name}_bias_repaired")
     new = add_initializer(graph, name, ir.tensor(array, name=name))
     if index < len(reader.inputs):

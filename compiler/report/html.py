@@ -11,7 +11,7 @@ from html import escape
 from itertools import accumulate
 
 from ..types import Layer, Report, RobustChoice
-from . import charts, facts, layer_tables, robust_tables, robustness_chart, tables, text
+from . import charts, facts, layer_tables, pruning_chart, pruning_tables, robust_tables, robustness_chart, tables, text
 from .grid import Table
 from .style import CSS
 
@@ -45,6 +45,7 @@ def render(report: Report) -> str:
         _latency(report),
         _quality(report),
         _attempts(report),
+        _pruning(report),
         _steps(report),
         _robust(report),
         _sources(report),
@@ -191,6 +192,17 @@ def _predictions(report: Report) -> str:
 def _steps(report: Report) -> str:
     table = tables.steps(report.steps)
     return _section(table.title, _table(table)) if table.rows else ""
+
+
+def _pruning(report: Report) -> str:
+    found = pruning_tables.tables(report)
+    if report.pruning is None or not report.pruning.kept:
+        return "".join(_section(table.title, _table(table)) for table in found)
+    sizes, repair, layers = found
+    caption = "Outputs of each layer: in colour what was kept, in grey what was cut."
+    drawn = _figure(pruning_chart.channels(report.pruning), caption)
+    every = _details(f"All {text.count(len(layers.rows), 'layer')}", _table(layers))
+    return _section(sizes.title, _table(sizes) + _table(repair) + drawn + every)
 
 
 def _robust(report: Report) -> str:

@@ -53,7 +53,7 @@ figcaption, .note { margin: .55rem 0 0; color: var(--muted); font-size: .8125rem
   linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
   linear-gradient(to right, var(--shade), transparent) left / .6rem 100% no-repeat scroll,
   linear-gradient(to left, var(--shade), transparent) right / .6rem 100% no-repeat scroll; }
-.scroll + .scroll, .note + .scroll { margin-top: 1.1rem; }
+.scroll + .scroll, .note + .scroll, .scroll + figure { margin-top: 1.1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.45; }
 th, td { padding: .42rem .9rem .42rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th:last-child, td:last-child { padding-right: 0; }
@@ -76,6 +76,7 @@ dt { color: var(--muted); }
 dd { margin: 0; overflow-wrap: anywhere; }
 svg { display: block; overflow: visible; }
 .plot { display: grid; grid-template-columns: max-content 1fr; padding-top: .4rem; }
+.plot.three { grid-template-columns: max-content 1fr max-content; }
 svg text { font-size: 13px; fill: var(--ink); }
 svg .figure, svg .tick { fill: var(--muted); }
 svg .tick { font-size: 12px; }

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import facts, layer_tables, robust_tables, robustness_table, tables, text, tool_tables
+from . import facts, layer_tables, pruning_tables, robust_tables, robustness_table, tables, text, tool_tables
 from .grid import Table
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: How many nodes of each rule are named without --why.
 NAMED = 2
+#: How many layers of a cut network are listed.
+CUT = 24
 #: Widths in characters: what counts as a name and is kept whole, the least for a sentence, a label's column.
 NAME, SENTENCE, LABEL = 28, 16, 13
 
@@ -38,6 +40,7 @@ def render(report: Report, console: Console) -> None:
         tables.quality(report.fidelity, report.budget),
         tables.outputs(report.fidelity),
         tables.attempts(report.attempts if len(report.attempts) > 1 else ()),
+        *pruning_tables.tables(report, CUT),
         tables.predictions(report.attempts),
         tables.steps(report.steps),
         *robust_tables.tables(report.robust),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from ..types import LABELLED, Fidelity, Measurement, OutputFidelity, Report
+from ..types import LABELLED, Fidelity, Measurement, OutputFidelity, Pruning, Report
 
 MISSING = "-"
 
@@ -156,8 +156,9 @@ def headline(report: Report) -> str:
     device = "this machine" if report.device.is_local else report.device.title
     if report.device.is_local and report.device.kind in ("cpu", "gpu"):
         device = f"this {report.device.kind.upper()}"
-    clauses = [_speed(report), quality(report.fidelity), f"file {sizes(report)}"]
-    return f"{precision(report.precision)} for {clean(device)}: {', '.join(c for c in clauses if c)}"
+    clauses = [_speed(report), quality(report.fidelity), _pruned(report), f"file {sizes(report)}"]
+    what = f"{'pruned ' if is_pruned(report) else ''}{precision(report.precision)} for {clean(device)}"
+    return f"{what[0].upper()}{what[1:]}: {', '.join(c for c in clauses if c)}"
 
 
 def sizes(report: Report) -> str:
@@ -220,3 +221,44 @@ def quality(fidelity: Fidelity | None) -> str:
     if fidelity.metric == "energy":
         return f"error energy {percent(fidelity.drop)} of the signal's"
     return f"{METRICS.get(fidelity.metric, clean(fidelity.metric))} {percent(fidelity.value)}"
+
+
+# --------------------------------------------------------------------------------------------- what was cut
+
+
+def is_pruned(report: Report) -> bool:
+    """Tell whether what is handed over has channels cut: the cut network itself, or what was made of it."""
+    p, chosen = report.pruning, next((a for a in report.attempts if a.chosen), None)
+    if p is None or not p.kept or chosen is None:
+        return False
+    return chosen.precision != "fp32" or chosen.name == p.candidate
+
+
+def cut_sizes(p: Pruning) -> dict[str, tuple[int, int]]:
+    """Return MACs and parameters before and after the cut, by these names; not what is unknown, or is none."""
+    macs = [(x.macs, x.macs_left) for x in p.layers]
+    pairs = {
+        "MACs": (_total(before for before, _ in macs), _total(after for _, after in macs)),
+        "parameters": (p.parameters_before, p.parameters_after),
+    }
+    return {name: (before, after) for name, (before, after) in pairs.items() if before and after is not None}
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count or 0 for count in known)
+
+
+def cut(before: int, after: int) -> str:
+    """Return how much is gone, in percent without the sign; what is cut is not rounded to 0 nor to 100."""
+    gone = 100 * (1 - after / before)
+    return f"{gone:.1f}" if 0 < gone < 1 or 99 < gone < 100 else f"{gone:.0f}"
+
+
+def _pruned(report: Report) -> str:
+    """Return as a clause how much of the network was cut; empty where what is handed over is whole."""
+    p = report.pruning
+    if p is None or not is_pruned(report):
+        return ""
+    sizes = (f"{cut(before, after)} % of the {name} cut" for name, (before, after) in cut_sizes(p).items())
+    return next(sizes, "channels cut")
