@@ -25,8 +25,9 @@ from edgec.calib import cache, folder, preprocess
 from edgec.compiler import model as model_io
 from edgec.compiler import pipeline
 from edgec.compiler.fidelity import compare
+from edgec.compiler.fitting.feeds import calibration_feeds
 from edgec.compiler.quantization.quantizer import Quantizer, choose_ranges
-from edgec.compiler.quantization.rounder import calibration_feeds, round_weights
+from edgec.compiler.quantization.rounder import round_weights
 from edgec.compiler.quantization.sensitivity import layer_errors
 from edgec.compiler.types import Fidelity, QuantScheme, silent
 from edgec.passes.placement import observed_tensors

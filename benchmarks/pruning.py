@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 from edgec.backends.ort import Session
 from edgec.compiler import fidelity, job, pipeline
 from edgec.compiler import model as model_io
+from edgec.compiler.fitting.feeds import calibration_feeds
 from edgec.compiler.options import Options
 from edgec.compiler.pruning import allocation, importance
 from edgec.compiler.pruning.pruned import steps_of
 from edgec.compiler.pruning.repair import repaired
-from edgec.compiler.quantization.rounder import calibration_feeds
 from edgec.compiler.types import silent
 from edgec.passes import channel_cuts, pruning
 from edgec.passes.cut_moves import JoinMoves

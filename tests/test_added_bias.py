@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from edgec.backends import ort as ort_backend
-from edgec.compiler.quantization.layerwise import walk
+from edgec.compiler.fitting.layerwise import walk
 from edgec.compiler.quantization.sensitivity import layer_errors
 from edgec.compiler.types import QuantScheme
 from edgec.passes.quantize import Quantize

@@ -8,10 +8,11 @@ import onnx_ir as ir
 import pytest
 from edgec.backends import ort as ort_backend
 from edgec.compiler import model as model_io
-from edgec.compiler.quantization import gram
-from edgec.compiler.quantization.layerwise import peak_bytes, walk
-from edgec.compiler.quantization.rounder import calibration_feeds, round_weights
-from edgec.compiler.quantization.stream import Stream
+from edgec.compiler.fitting import gram
+from edgec.compiler.fitting.feeds import calibration_feeds
+from edgec.compiler.fitting.layerwise import peak_bytes, walk
+from edgec.compiler.fitting.stream import Stream
+from edgec.compiler.quantization.rounder import round_weights
 from edgec.compiler.types import QuantScheme
 from edgec.passes.quantize import Quantize
 from edgec.passes.weight_writer import dequantize

@@ -17,9 +17,10 @@ from ...passes.quant_params import needed_opset
 from ...passes.raise_opset import RaiseOpset
 from .. import model as model_io
 from .. import pipeline
+from ..fitting.feeds import calibration_feeds
 from ..layers import LINEAR
 from ..quantization.quantizer import Quantizer
-from ..quantization.rounder import calibration_feeds, round_weights
+from ..quantization.rounder import round_weights
 
 if TYPE_CHECKING:
     import numpy as np

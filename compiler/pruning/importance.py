@@ -32,9 +32,9 @@ from ...passes.constants import Names, add_initializer
 from ...passes.weight_writer import takes_shift
 from .. import layers
 from .. import model as model_io
-from ..quantization import gram
-from ..quantization.layerwise import ROWS, ROWS_PER_INPUT, bias_of, is_layer
-from ..quantization.stream import Stream
+from ..fitting import gram
+from ..fitting.layerwise import ROWS, ROWS_PER_INPUT, bias_of, is_layer
+from ..fitting.stream import Stream
 from ..types import Progress, silent
 from .repair import shift_bias
 

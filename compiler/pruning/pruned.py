@@ -27,8 +27,8 @@ from ...passes.cut_moves import JoinMoves
 from .. import guard, layers, pipeline, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
+from ..fitting.feeds import calibration_feeds
 from ..proof import Prover
-from ..quantization.rounder import calibration_feeds
 from ..types import Measurement, PassRecord, PrunedLayer, Pruning
 from . import allocation, importance
 from .repair import repaired

@@ -22,7 +22,7 @@ from ...passes import channel_cuts, pruning
 from ...passes.channel_cuts import Removed
 from ...passes.constants import Names, add_initializer
 from ...passes.weight_writer import added_bias
-from ..quantization.layerwise import Choice, LayerStep, Site, walk
+from ..fitting.layerwise import Choice, LayerStep, Site, walk
 from ..types import Progress, silent
 
 #: A layer with fewer rows than so many times its inputs, such as the classifier behind a pooling, follows the noise of

@@ -17,19 +17,11 @@ import onnx_ir as ir
 from ...passes import rounding
 from ...passes.weight_writer import WeightFormat, dequantize, weight_format
 from .. import model as model_io
+from ..fitting.layerwise import Choice, LayerStep, Site, walk
 from ..types import Progress, StoredWeight, silent
-from .layerwise import Choice, LayerStep, Site, peak_bytes, walk
 
 if TYPE_CHECKING:
-    from ...calib.folder import Folder
     from ...passes.quantize import Quantize
-
-#: Bytes of tensors that a walk may hold; fewer images where that is not enough, but at least so many.
-MEMORY, LEAST_IMAGES = 600_000_000, 16
-#: What a walk holds at a layer, over what one network alone would: both networks, and the target.
-_COPIES = 3
-#: Images that run at a time: enough to use the machine, few enough for ONNX Runtime's own memory.
-_BATCH = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,17 +95,6 @@ def follow_biases(
     replace(quantize, bias_shift={})(twin)
     steps = walk(model, twin, feeds, None, threads=threads, progress=progress)
     return {s.node: s.shift for s in steps if s.shift is not None}
-
-
-def calibration_feeds(
-    model: ir.Model, images: Folder, *, memory: int = MEMORY, threads: int = 0
-) -> list[Mapping[str, np.ndarray]]:
-    """Return as many of the images, spread evenly over the folder, as a walk can hold in `memory` bytes; in batches."""
-    first = next(images.subset([0]).batches(1))
-    each = _COPIES * peak_bytes(model, first.feed, threads) / first.rows
-    count = min(len(images), max(LEAST_IMAGES, int(memory / max(each, 1))))
-    few = images.subset(i * len(images) // count for i in range(count))
-    return [batch.feed for batch in few.batches(_BATCH)]
 
 
 def chosen(site: Site, kind: WeightFormat, method: str, shrink: float | None = None) -> Choice | str:

@@ -31,13 +31,14 @@ from ...passes.quant_params import needed_opset
 from ...passes.rounding import MANY
 from .. import model as model_io
 from .. import pipeline
+from ..fitting.feeds import calibration_feeds
 from ..types import CalibrationSummary, PassRecord, QuantScheme, StepRecord, TensorStatistics
 from . import analytic_bias
 from .closeness import Closeness
 from .conditions import CLEAN, MINIMAX, sweep
 from .float_steps import FLOAT_STEPS, Context
 from .quantizer import Quantizer
-from .rounder import calibration_feeds, follow_biases, round_weights
+from .rounder import follow_biases, round_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir

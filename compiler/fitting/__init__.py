@@ -1,0 +1,1 @@
+"""Layers fitted one after another, each behind those that were fitted already: what rounding and pruning share."""
