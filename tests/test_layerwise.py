@@ -321,7 +321,7 @@ def test_float8_weights_are_left_to_quantize(net):
 
 
 def test_the_same_seed_gives_the_same_weights(net, monkeypatch):
-    monkeypatch.setattr("edgec.compiler.quantization.layerwise.ROWS", 300)  # so that rows are drawn
+    monkeypatch.setattr("edgec.compiler.fitting.layerwise.ROWS", 300)  # so that rows are drawn
     model, feeds = net
     one, two = (round_weights(model, weights_only(), feeds, seed=3) for _ in range(2))
     for name, stored in one.weights.items():
