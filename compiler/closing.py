@@ -32,15 +32,19 @@ _POINTS, _ROUNDS = 16, 4
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """All candidates so far, the float baseline first, with what was measured and judged of them."""
+    """All candidates so far, the float baseline first, with what was measured and judged of them.
+
+    `base` is the name of the float candidate that the others were made from: another one where channels were cut.
+    """
 
     candidates: tuple[Candidate, ...]
     measured: Mapping[str, Measurement]
     judged: Mapping[str, Fidelity]
+    base: str = "fp32"
 
     def attempt(self, one: Candidate) -> Attempt:
         """Return one candidate's row of the report."""
-        return trials.attempt(one, self.measured, self.judged)
+        return trials.attempt(one, self.measured, self.judged, self.base)
 
 
 def close(this: Job, found: Lossy, state: State, work: Path) -> State:
@@ -59,7 +63,7 @@ def close(this: Job, found: Lossy, state: State, work: Path) -> State:
     candidates = (*state.candidates, *compared(found.judge, more))
     least = min((c.name for c in more), key=lambda name: _drop(judged.get(name)))  # the best attempt, if none holds
     worth = [c for c in candidates if c in state.candidates or c.name == least or not _loses(this, judged.get(c.name))]
-    return State(candidates, trials.measure(this, worth), judged)
+    return State(candidates, trials.measure(this, worth), judged, state.base)
 
 
 # ------------------------------------------------------------------------------------------ quality
@@ -147,7 +151,7 @@ def _speed_up(
     this: Job, found: Lossy, mix: Mix, state: State, work: Path
 ) -> tuple[list[Candidate], dict[str, Fidelity]]:
     """Return what the bisection built on the way to the least predicted error within the measured latency."""
-    limit, float_ms = this.options.budget.max_latency_ms, state.measured["fp32"].median_ms
+    limit, float_ms = this.options.budget.max_latency_ms, state.measured[state.base].median_ms
     assert limit is not None and float_ms is not None
     built: list[Candidate] = []
 

@@ -71,7 +71,8 @@ def _compile(
     found = lossy(this, base.model, scheme, prover, base.path)
     this = found.this or this
     first = (baseline, *(cut.tried if cut is not None else ()), *found.candidates)
-    state = closing.close(this, found, State(first, trials.measure(this, first), trials.judge(this, first)), work)
+    tried = State(first, trials.measure(this, first), trials.judge(this, first), base.name)
+    state = closing.close(this, found, tried, work)
     attempts = guard.choose(
         [state.attempt(c) for c in state.candidates],
         options.budget,

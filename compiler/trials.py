@@ -55,15 +55,17 @@ def judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
     )
 
 
-def attempt(c: Candidate, measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity]) -> Attempt:
-    """Return what is known of a candidate as a row of the report."""
+def attempt(
+    c: Candidate, measured: Mapping[str, Measurement], judged: Mapping[str, Fidelity], base: str = "fp32"
+) -> Attempt:
+    """Return what is known of a candidate as a row of the report; `base` is the float one that it was made from."""
     left_out = Measurement(c.name, "none", None, reason="it is outside the quality budget")
     measurement = measured.get(c.name, left_out)
     size = model_io.size_bytes(c.path)
     found = Attempt(c.name, c.precision, measurement, judged.get(c.name), size, False, "")
     if c.predicted is None:
         return found
-    baseline = measured["fp32"].median_ms  # what is predicted is the ratio to it
+    baseline = measured[base].median_ms  # what is predicted is the ratio to it
     ms = None if baseline is None or c.predicted.speedup is None else baseline / c.predicted.speedup
     return replace(
         found,

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -442,3 +443,14 @@ def test_a_report_without_pruning_says_nothing_of_it():
     report = full()
     assert "Pruning" not in shown_at(report, 80) and "Pruning" not in html.render(report)
     assert io.StringIO(text.headline(report)).read().startswith("INT8 for")
+
+
+def test_what_is_foretold_is_a_ratio_to_the_cut_network(tmp_path):
+    """Mixed precision times its choices beside the network that they were made from."""
+    point = SimpleNamespace(speedup=2.0, db=40.0, integer_macs=1.0)
+    path = tmp_path / "model.onnx"
+    model_io.save(zoo.model("g (float[1] x) => (float[1] y) { y = Relu (x) }"), path)
+    made = SimpleNamespace(name="int8", precision="int8", predicted=point, calibration_db=None, path=path)
+    measured = {n: Measurement(n, "local", ms) for n, ms in (("fp32", 10.0), ("pruned 30%", 8.0), ("int8", 4.1))}
+    assert trials.attempt(made, measured, {}, "pruned 30%").predicted_ms == pytest.approx(4.0)
+    assert trials.attempt(made, measured, {}).predicted_ms == pytest.approx(5.0)
