@@ -49,9 +49,13 @@ TOLERANCE = 1e-4
 
 
 def steps_of(groups: ChannelGroups, kind: str) -> dict[str, int]:
-    """Return how many units of each group go at a time on a kind of device, so that its kernels stay fast."""
+    """Return how many units of each group go at a time on a kind of device, so that its kernels stay fast.
+
+    Of a group of few units one at a time: four in eight are half of it, and no kernel is fast on so few.
+    """
     multiple = MULTIPLES.get(kind, _OTHERS)
-    return {group.name: multiple for group in groups.groups if group.units % multiple == 0 and group.units > multiple}
+    wide = [group for group in groups.groups if group.units % multiple == 0 and group.units >= 4 * multiple]
+    return {group.name: multiple for group in wide}
 
 
 @dataclass(frozen=True, eq=False)
