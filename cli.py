@@ -136,7 +136,7 @@ def main() -> None:
     metavar="clean|mixed[:F]|minimax|NAME,...",
     default="clean",
     show_default=True,
-    help="Conditions to calibrate under: a mixture of noise, blur, low contrast, JPEG, …; or ranges for the worst.",
+    help="Conditions to calibrate under: a mixture of noise, blur, low contrast, JPEG, …; or all of them together.",
 )
 @click.option(
     "--robust",

@@ -12,6 +12,7 @@ no special cases.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ LINEAR = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 
 
 @dataclass
-class Analysis:
+class Analysis(ABC):
     """What the rules work with: they read variables, make new ones and tie them; ties are resolved at the end.
 
     Subclasses say by which rule a node goes (`rule_of`), and which lists of theirs a rule appends to (`records`).
@@ -61,9 +62,9 @@ class Analysis:
         for node in model.graph:
             self.visit(node)
 
+    @abstractmethod
     def rule_of(self, node: ir.Node) -> Callable[[ir.Node], Sequence[np.ndarray]]:
         """Return the rule for a node, bound to this analysis. Raises Stays where there is none."""
-        raise NotImplementedError
 
     def records(self) -> tuple[list[Any], ...]:
         """Return the lists that rules append to: what a rule that raises Stays has appended is taken back."""
