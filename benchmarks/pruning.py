@@ -19,6 +19,7 @@ from edgec.compiler import model as model_io
 from edgec.compiler.fitting.feeds import calibration_feeds
 from edgec.compiler.options import Options
 from edgec.compiler.pruning import allocation, importance
+from edgec.compiler.pruning.costs import counted
 from edgec.compiler.pruning.pruned import steps_of
 from edgec.compiler.pruning.repair import repaired
 from edgec.compiler.types import silent
@@ -44,7 +45,7 @@ def run(case: Case, data: Path, place: Path, criteria: list[str], saved: list[fl
     model, _ = pipeline.run(model_io.copy(original), [*pipeline.exact_passes(), JoinMoves()], None)
     groups = channel_cuts.groups(model)
     feeds = calibration_feeds(model, this.images, threads=threads)
-    costs, steps = allocation.costs(model, groups.groups, "macs"), steps_of(groups, this.profile.kind)
+    costs, steps = counted(model, groups.groups, "macs"), steps_of(groups, this.profile.kind)
     count = sum(len(next(iter(feed.values()))) for feed in feeds)
     print(f"\n### {case.model}: {len(groups.groups)} groups, {count} images to repair by\n")
     heads = ("criterion", "MACs cut %", "parameters cut %", "figure", "FP32", "cut", "repaired")

@@ -11,6 +11,7 @@ from edgec.backends.ort import Session
 from edgec.compiler import layers, pipeline
 from edgec.compiler import model as model_io
 from edgec.compiler.pruning import allocation, importance, repair
+from edgec.compiler.pruning import costs as pruning_costs
 from edgec.passes import channel_cuts, pruning
 from edgec.passes.cut_moves import JoinMoves
 from hypothesis import given, settings
@@ -178,7 +179,7 @@ def test_depthwise_and_flattened_channels():
         (5, 16),
     ]
     assert error(model, mended, data) < error(model, channel_cuts.cut(model, gone), data)
-    costs = allocation.costs(model, groups.groups, "macs")
+    costs = pruning_costs.counted(model, groups.groups, "macs")
     assert costs.of(gone) == pytest.approx(4 * 27 * 16 + 4 * 9 * 4 + 5 * 16)
 
 
@@ -294,7 +295,7 @@ def counted(model, kind):
 @given(st.sampled_from(ANIMALS), st.integers(0, 10_000), st.sampled_from(["macs", "params"]))
 def test_the_cost_is_that_of_the_cut_model(name, seed, kind):
     model, groups = animal(name)
-    gone, costs = random_cut(groups, seed), allocation.costs(model, groups.groups, kind)
+    gone, costs = random_cut(groups, seed), pruning_costs.counted(model, groups.groups, kind)
     found = counted(channel_cuts.cut(model, gone), kind)
     assert {layer: costs.of_layer(layer, gone) for layer in found} == pytest.approx(found, rel=1e-9)
     assert costs.of(gone) == pytest.approx(sum(found.values()), rel=1e-9)
@@ -306,7 +307,7 @@ def test_the_cost_is_that_of_the_cut_model(name, seed, kind):
 def test_the_part_asked_for_goes_and_little_more(name, saved, kind):
     model, groups = animal(name)
     rankings = rankings_of(name)
-    costs = allocation.costs(model, groups.groups, kind)
+    costs = pruning_costs.counted(model, groups.groups, kind)
     gone = allocation.allocate(costs, rankings, saved)
     budget = (1 - saved) * costs.of({})
     assert costs.of(gone) <= budget
@@ -325,7 +326,7 @@ def rankings_of(name):
 def test_units_go_in_steps_and_one_always_stays():
     model, groups = animal("yolo")
     rankings = rankings_of("yolo")
-    costs = allocation.costs(model, groups.groups, "macs")
+    costs = pruning_costs.counted(model, groups.groups, "macs")
     steps = {group.name: 4 for group in groups if group.units % 4 == 0}
     gone = allocation.allocate(costs, rankings, 0.3, steps)
     assert all(len(units) % 4 == 0 for name, units in gone.items() if name in steps)
@@ -336,6 +337,6 @@ def test_units_go_in_steps_and_one_always_stays():
 
 def test_what_is_already_small_enough_is_left_alone():
     model, groups = animal("resnet-b")
-    costs = allocation.costs(model, groups.groups, "macs")
+    costs = pruning_costs.counted(model, groups.groups, "macs")
     assert allocation.allocate(costs, rankings_of("resnet-b"), 0.0) == {}
     assert allocation.allocate(costs, {}, 0.5) == {}

@@ -162,7 +162,7 @@ class _Search:
 
     def candidate(self, saved: float, kind: str, work: Path, start: float, moved: Sequence[PassRecord]) -> _Made | str:
         """Return the network with that part cut, repaired and not, as files in `work`; or why there is none."""
-        costs = allocation.costs(self.model, self.groups.groups, kind)
+        costs = costs.counted(self.model, self.groups.groups, kind)
         if not costs.of({}):
             return "how many MACs the layers have is not known (shapes are dynamic): --prune params:30% counts weights"
         removed = self.removed(saved, costs)
