@@ -24,7 +24,7 @@ def by_node(kernels: Iterable[Kernel], model: ir.Model) -> dict[str, tuple[float
     """
     nodes = {name_of(node): node for node in model.graph}
     tensors = {value.name: node for node in model.graph for value in node.outputs if value.name}
-    read = {value.name: node for node in model.graph for value in node.inputs if value and value.is_graph_input()}
+    read = {v.name: node for node in model.graph for v in node.inputs if v and v.name and v.is_graph_input()}
     homes: dict[str, ir.Node] = {**read, **nodes, **tensors}
     claimed: set[ir.Node] = set()
     seen: dict[str, ir.Node | None] = {}

@@ -45,9 +45,7 @@ def time_networks(
             model_io.save(run_as(model), path)
         sessions = {name: Session(path, threads=threads) for name, path in paths.items()}
         calls = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
-        whole = timing.interleave(
-            calls, seconds=seconds / 2, warm_up=0.05, min_rounds=_ROUNDS, progress=progress
-        )
+        whole = timing.interleave(calls, seconds=seconds / 2, warm_up=0.05, min_rounds=_ROUNDS, progress=progress)
         del calls, sessions
         kernels = profile(paths, feed, threads=threads, deadline=time.monotonic() + seconds / 2, progress=progress)
     found = []

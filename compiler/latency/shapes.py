@@ -58,7 +58,7 @@ def shapes(model: ir.Model, feed: Mapping[str, np.ndarray]) -> tuple[Shape, ...]
     """
     twin = model.clone()
     for value in twin.graph.inputs:
-        if value.name in feed:
+        if value.name and value.name in feed:
             value.shape = ir.Shape(feed[value.name].shape)
     twin.graph.outputs.clear()  # their declared shapes would stay as they are
     infer_shapes(twin)

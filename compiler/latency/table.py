@@ -72,12 +72,13 @@ class LatencyTable:
             return exact
         at, times = np.array(list(points)), np.array(list(points.values()))
         weights = self._weights[family]
-        fitted = (_features(np.array([[inputs, outputs]]), self.block) @ weights).item()
+        fitted = float((_features(np.array([[inputs, outputs]]), self.block) @ weights)[0])
         ratios = (times + _NOISE_MS) / (_features(at, self.block) @ weights + _NOISE_MS)
         distance = np.abs(np.log(at / [inputs, outputs])).sum(axis=1)
         near = np.argsort(distance, kind="stable")[:_NEAREST]
         closeness = 1 / (distance[near] + 1e-6)
-        return max(fitted * float((ratios[near] * closeness).sum() / closeness.sum()), 0.0)
+        ratio = float((ratios[near] * closeness).sum() / closeness.sum())
+        return max(fitted * ratio, 0.0)
 
     @cached_property
     def block(self) -> int:
@@ -130,8 +131,8 @@ def from_timed(networks: Sequence[Timed]) -> LatencyTable:
 def _overhead(networks: Sequence[Timed]) -> tuple[float, float, float]:
     """Return (a, b, c): a kernel timed at t takes a t - b, and a call c besides."""
     whole = np.array([network.whole_ms for network in networks])
-    sums = np.array([[sum(node[i] for node in network.nodes) for i in (3, 4)] for network in networks], dtype=np.float64)
-    rows = np.concatenate([sums * [1, -1], np.ones((len(networks), 1))], axis=1)
+    sums = [(sum(ms for *_, ms, _ in n.nodes), sum(kernels for *_, kernels in n.nodes)) for n in networks]
+    rows = np.concatenate([np.array(sums, dtype=np.float64) * [1, -1], np.ones((len(networks), 1))], axis=1)
     (a, b, c), _ = nnls(rows / whole[:, None], np.ones(len(networks)))
     return float(a), float(b), float(c)
 

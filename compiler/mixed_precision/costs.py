@@ -34,9 +34,9 @@ from scipy.optimize import nnls
 from ...backends.ort import Session
 from ...backends.targets import timing
 from .. import model as model_io
-from ..types import Progress, silent
 from ..latency.attribution import longest_known
 from ..latency.kernel_times import Kernel, profile, undisturbed
+from ..types import Progress, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir

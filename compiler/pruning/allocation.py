@@ -2,8 +2,8 @@
 
     minimise    sum over groups g of e_g(r_g)       subject to      C(r) <= limit
 
-r_g units of group g are cut, in the order of its elimination; e_g is its error curve (importance.py), C what the network
-then costs (costs.py), in MACs, parameters or milliseconds. The greedy walk is passes/pruning.py's.
+r_g units of group g are cut, in the order of its elimination; e_g is its error curve (importance.py), C what the
+network then costs (costs.py), in MACs, parameters or milliseconds. The greedy walk is passes/pruning.py's.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ The cost of a layer is a function of the parts left along its axes,
 
     C(removed) = sum over layers l of c_l(left along axis 1, left along axis 2, …)
 
-so what a cut saves depends on the others: a Conv between two groups that are halved costs a quarter. MACs and parameters
-are c_l = whole_l * product of the parts. Milliseconds come from the table of shapes (latency/table.py), for every node
-that computes, whether or not it has a weight: there the axes are the channels of what the node reads and writes.
+so what a cut saves depends on the others: a Conv between two groups that are halved costs a quarter. MACs and
+parameters are c_l = whole_l * product of the parts. Milliseconds come from the table of shapes (latency/table.py), for
+every node that computes, with or without a weight: there the axes are the channels of what it reads and writes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def counted(model: ir.Model, groups: Sequence[ChannelGroup], unit: str) -> Costs
 
 
 def _axes(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], dict[int, Axis]]:
-    """Return the axes of all tensors, and of constants as each node reads them: (node or "", tensor) -> axis -> Axis."""
+    """Return the axes of tensors, and of constants as each node reads them: (node or "", tensor) -> axis -> Axis."""
     found: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}
     for group in groups:
         for member in group.members:

@@ -1,0 +1,116 @@
+"""What the nodes of a network take on the target with some of its channels cut, in the precision that is delivered.
+
+Networks with random cuts are made of the model, quantized where integers are what will run (how they round does not
+matter for their latency), and timed side by side (latency/networks.py); the table of their layers' shapes predicts all
+other cuts. Shapes that were timed before, of this model or another, are not timed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...passes import channel_cuts
+from ...passes.channel_cuts import ChannelGroup, ChannelGroups, Removed
+from .. import job, memory
+from .. import model as model_io
+from ..latency import table as tables
+from ..latency.networks import time_networks
+from ..latency.shapes import shapes
+from ..latency.table import LatencyTable
+from ..quantization.quantizer import Quantizer
+from ..types import Range
+from .costs import Costs, timed
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..job import Job
+
+#: Networks that are timed; fewer of those with more bytes of weights than LARGE, which are slower and larger.
+_NETWORKS, _FEW, LARGE = 16, 8, 20_000_000
+#: Seconds of timing for each of them.
+_SECONDS = 0.5
+#: A group keeps at least this part of its units in what is timed.
+_LEAST = 0.25
+#: A table that fits what was measured worse than this is not kept for the next time: the machine was busy.
+_BELIEVED = 0.15
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """What will run: its precision's name, and how to make something as fast of a float network."""
+
+    precision: str
+    make: Callable[[ir.Model], ir.Model]
+
+
+def delivery(this: Job) -> Delivery:
+    """Return the precision that cuts are made for: integers wherever they will be tried, else floats."""
+    scheme = job.quant_scheme(this)
+    if scheme is None or scheme.activation is None:
+        return Delivery("fp32", lambda model: model)
+    supports = this.backend.supports
+
+    def quantized(model: ir.Model) -> ir.Model:
+        return Quantizer(model, supports, scheme, _ranges(model)).build().model
+
+    return Delivery("int8" if this.options.precision == "auto" else this.options.precision, quantized)
+
+
+def _ranges(model: ir.Model) -> dict[str, Range]:
+    """Return made-up ranges: what a rectifier gives is not negative, as it will be."""
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    rectified = {value for node in model.graph if node.op_type in ("Relu", "Clip") for value in node.outputs}
+    return {value.name: Range(0.0 if value in rectified else -1.0, 1.0) for value in values if value.name}
+
+
+def latency_costs(
+    this: Job, model: ir.Model, groups: ChannelGroups, steps: Mapping[str, int], run: Delivery
+) -> tuple[Costs, LatencyTable]:
+    """Return the milliseconds of each node by what is cut, and the table that they come from."""
+    feed = job.one_input(this)
+    count = _FEW if model_io.weights_bytes(model) > LARGE else _NETWORKS
+    networks = [channel_cuts.cut(model, gone) for gone in variants(groups, steps, count, this.options.seed)]
+    wanted: dict[str, list[tuple[float, float]]] = {}
+    for network in networks:
+        for shape in shapes(network, feed):
+            wanted.setdefault(shape.family, []).append(shape.amounts({}))
+    kept = memory.Memory(
+        memory.context("layers", precision=run.precision, backend=this.backend.name, **memory.of_machine(this.threads))
+    )
+    try:
+        table = tables.recall(kept, wanted)
+        if table is None:
+            found = time_networks(
+                networks, feed, run_as=run.make, threads=this.threads,
+                seconds=_SECONDS * len(networks), progress=this.progress,
+            )  # fmt: skip
+            table = tables.from_timed(found)
+            if table.misfit <= _BELIEVED:
+                table = tables.remember(kept, table)
+    finally:
+        kept.close()
+    return timed(groups.groups, shapes(model, feed), table), table
+
+
+def variants(groups: ChannelGroups, steps: Mapping[str, int], count: int, seed: int) -> list[Removed]:
+    """Return `count` random cuts, the first of nothing; every group has each of its sizes about equally often."""
+    rng = np.random.default_rng(seed)
+    sizes = {group.name: _sizes(group, steps.get(group.name, 1)) for group in groups}
+    drawn = {
+        name: rng.permutation([left[i * len(left) // (count - 1)] for i in range(count - 1)])
+        for name, left in sizes.items()
+    }
+    cuts: list[Removed] = [{}]
+    for i in range(count - 1):
+        cuts.append(groups.feasible({group.name: range(int(drawn[group.name][i]), group.units) for group in groups}))
+    return cuts
+
+
+def _sizes(group: ChannelGroup, step: int) -> Sequence[int]:
+    """Return how many units the group may keep, ascending: all of them, or some steps fewer."""
+    return [left for left in range(group.units % step, group.units + 1, step) if left >= max(1, _LEAST * group.units)]
