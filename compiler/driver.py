@@ -6,6 +6,8 @@ between compiles but the content-keyed caches.
 
 from __future__ import annotations
 
+import functools
+import math
 import platform
 import time
 from dataclasses import dataclass, replace
@@ -69,9 +71,7 @@ def _compile(
     opset = None if scheme is None else needed_opset(scheme)
     float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
     baseline = save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
-    tried = _explored(this, float_model, baseline, scheme, prover, options.prune)
-    if options.prune is None and _too_slow(this, tried.attempt):
-        tried = _cut_to_hold(tried, _explored(this, float_model, baseline, scheme, prover, Prune("auto"), tried))
+    tried = _tried(this, float_model, baseline, scheme, prover)
     base, found, cut, state = tried.base, tried.found, tried.cut, tried.state
     this, attempts, chosen, attempt = tried.this, tried.attempts, tried.chosen, tried.attempt
     records += _passes(base, found, chosen)
@@ -158,19 +158,54 @@ def _explored(
     return _Explored(this, base, found, state, attempts, chosen, attempt, cut)
 
 
+def _tried(this: Job, model: ir.Model, baseline: Candidate, scheme: QuantScheme | None, prover: Prover) -> _Explored:
+    """Return the cut network if a cut was asked for, or is shown to pay; else the whole one."""
+    explored = functools.partial(_explored, this, model, baseline, scheme, prover)
+    options = this.options
+    if options.prune is not None and (options.prune.saved or options.goal == "size"):
+        return explored(options.prune)
+    whole = explored(None)
+    if options.prune is None and not _too_slow(this, whole.attempt):
+        return whole
+    return _better(whole, explored(options.prune or Prune("auto"), whole))
+
+
 def _too_slow(this: Job, attempt: Attempt) -> bool:
     """Say whether a stated latency is missed by all that was tried, and channels can be cut for it."""
     limit, ms = this.options.budget.max_latency_ms, attempt.measurement.median_ms
     return limit is not None and ms is not None and ms > limit and this.images is not None
 
 
-def _cut_to_hold(before: _Explored, after: _Explored) -> _Explored:
-    """Return what was cut for a stated latency if it holds all budgets; else the whole network, and why not."""
-    broken = guard.broken(after.attempt, after.this.options.budget)
-    if after.cut is None or not after.cut.pruning.kept or broken is None:
-        return after
-    why = f"cut for the stated latency, but that {broken}; nothing was pruned"
-    return replace(before, cut=replace(after.cut, pruning=replace(after.cut.pruning, kept=False, why=why)))
+def _better(whole: _Explored, cut: _Explored) -> _Explored:
+    """Return what was cut if it holds a stated latency, or comes nearer; or, without one, is shown to be faster."""
+    if cut.cut is None or not cut.cut.pruning.kept:
+        return cut
+    why = _late(whole, cut) if whole.this.options.budget.max_latency_ms is not None else _no_faster(whole, cut)
+    if why is None:
+        return cut
+    return replace(whole, cut=replace(cut.cut, pruning=replace(cut.cut.pruning, kept=False, why=why)))
+
+
+def _late(whole: _Explored, cut: _Explored) -> str | None:
+    """Return why what was cut for a stated latency is not handed over."""
+    budget = cut.this.options.budget
+    inside = guard.broken(cut.attempt, replace(budget, max_latency_ms=None)) is None
+    before, after = (one.attempt.measurement.median_ms or math.inf for one in (whole, cut))
+    if guard.broken(cut.attempt, budget) is None or (inside and after < before):
+        return None
+    tried = [a for a in cut.attempts[1:] if a.measurement.median_ms is not None] or [cut.attempt]
+    best = min(tried, key=lambda a: a.measurement.median_ms or math.inf)
+    return f"cut for the stated latency, but {best.name} of the cut network {best.verdict}; nothing was pruned"
+
+
+def _no_faster(whole: _Explored, cut: _Explored) -> str | None:
+    """Return why the best of the cut network is not handed over: the best of the whole one is as fast."""
+    both = [replace(one.chosen, name=name) for name, one in (("whole", whole), ("cut", cut))]
+    found = trials.measure(cut.this, both, seconds=trials.SECONDS)["cut"]
+    if found.speedup_low is None or found.speedup_low > guard.MARGIN:
+        return None
+    speed = text.ratio(found.speedup)
+    return f"pruning does not pay here: the best of the cut network is {speed} as fast as that of the whole one"
 
 
 def _named(options: Options, request: Prune | None) -> str | None:

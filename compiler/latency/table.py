@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,8 @@ CALL = "call"
 #: Milliseconds below which a kernel's time is noise: the profiler counts whole microseconds.
 _NOISE_MS = 2e-3
 _NEAREST = 2
+#: Under which the misfit and the profiler's (a, b) are kept.
+_TIMING = "timing"
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,14 @@ class Timed:
 
 @dataclass(frozen=True, eq=False)
 class LatencyTable:
-    """Milliseconds by family and (read, written). `misfit`: the largest relative error on networks that were timed."""
+    """Milliseconds by family and (read, written).
+
+    `misfit`: the largest relative error on networks that were timed; `profiler`: the (a, b) above.
+    """
 
     known: Mapping[str, Mapping[tuple[float, float], float]]
     misfit: float = 0.0
+    profiler: tuple[float, float] = (1.0, 0.0)
 
     @property
     def call_ms(self) -> float:
@@ -79,6 +85,26 @@ class LatencyTable:
         closeness = 1 / (distance[near] + 1e-6)
         ratio = float((ratios[near] * closeness).sum() / closeness.sum())
         return max(fitted * ratio, 0.0)
+
+    def knows(self, family: str, inputs: float, outputs: float) -> bool:
+        """Say whether this very shape was timed."""
+        return (inputs, outputs) in self.known.get(family, {})
+
+    def learned(self, whole: Timed, whole_ms: float, other: Timed) -> LatencyTable:
+        """Return the table with another network's shapes, timed beside one that is known to take `whole_ms`.
+
+        The machine may be slower or faster than it was; and the nodes add up to what the network took.
+        """
+        (a, b), drift = self.profiler, whole_ms / whole.whole_ms
+        times = [max(a * ms - b * kernels, 0.0) for *_, ms, kernels in other.nodes]
+        scale = max(other.whole_ms * drift - self.call_ms, 0.0) / max(sum(times), 1e-9)
+        found: dict[str, dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
+        for (family, inputs, outputs, *_), ms in zip(other.nodes, times, strict=True):
+            found[family][inputs, outputs].append(scale * ms)
+        known = {**self.known}
+        for family, points in found.items():
+            known[family] = {**known.get(family, {}), **{at: float(np.median(t)) for at, t in points.items()}}
+        return replace(self, known=known)
 
     @cached_property
     def block(self) -> int:
@@ -122,10 +148,9 @@ def from_timed(networks: Sequence[Timed]) -> LatencyTable:
         for family, inputs, outputs, ms, kernels in network.nodes:
             found[family][inputs, outputs].append(max(a * ms - b * kernels, 0.0))
     known = {f: {at: float(np.median(times)) for at, times in points.items()} for f, points in found.items()}
-    table = LatencyTable(known)
     sums = [call + sum(known[f][i, o] for f, i, o, _, _ in network.nodes) for network in networks]
     misfits = [abs(total / network.whole_ms - 1) for total, network in zip(sums, networks, strict=True)]
-    return LatencyTable(table.known, max(misfits, default=0.0))
+    return LatencyTable(known, max(misfits, default=0.0), (a, b))
 
 
 def _overhead(networks: Sequence[Timed]) -> tuple[float, float, float]:
@@ -150,8 +175,8 @@ def recall(memory: Memory, wanted: Mapping[str, Sequence[tuple[float, float]]]) 
         known[family] = {(float(i), float(o)): ms for i, o, ms in kept}
         if any(point not in known[family] for point in points):
             return None
-    misfit = memory.get("misfit")
-    return LatencyTable(known, 0.0 if misfit is None else misfit)
+    misfit, *profiler = memory.get(_TIMING) or (0.0, 1.0, 0.0)
+    return LatencyTable(known, misfit, (profiler[0], profiler[1]))
 
 
 def remember(memory: Memory, table: LatencyTable) -> LatencyTable:
@@ -161,5 +186,5 @@ def remember(memory: Memory, table: LatencyTable) -> LatencyTable:
         kept = {(float(i), float(o)): ms for i, o, ms in memory.get(family) or ()}
         merged[family] = {**kept, **points}
         memory.put(family, [[*at, ms] for at, ms in merged[family].items()])
-    memory.put("misfit", table.misfit)
-    return LatencyTable(merged, table.misfit)
+    memory.put(_TIMING, [table.misfit, *table.profiler])
+    return replace(table, known=merged)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...passes import channel_cuts, pruning
-from ...passes.channel_cuts import ChannelGroups
+from ...passes.channel_cuts import ChannelGroups, Removed
 from .. import layers, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
@@ -48,12 +48,11 @@ def steps_of(groups: ChannelGroups, kind: str) -> dict[str, int]:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A cut network, repaired and not. `reached`: the part of the cost that was saved; `predicted_ms` if it is time."""
+    """A cut network, repaired and not. `removed`: the units that are gone, by group."""
 
     candidate: Candidate
     unrepaired: Candidate
-    reached: float
-    predicted_ms: float | None = None
+    removed: Removed
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +83,12 @@ class Cutting:
         """How many units of each group go at a time."""
         return steps_of(self.groups, self.this.profile.kind)
 
-    def made(self, saved: float, costs: Costs, work: Path, name: str) -> Made | str:
-        """Return the network with that part of the cost cut, as files in `work`; or why there is none."""
-        whole = costs.of({})
-        if not whole:
-            return "how many MACs the layers have is not known (shapes are dynamic): --prune params:30% counts weights"
-        removed = self.groups.feasible(allocation.allocate(costs, self.rankings, saved, self.steps))
+    def proposed(self, costs: Costs, saved: float) -> Removed:
+        """Return the units that go, so that the part `saved` of the cost does, or as much as there is."""
+        return self.groups.feasible(allocation.allocate(costs, self.rankings, saved, self.steps))
+
+    def made(self, removed: Removed, work: Path, name: str) -> Made | str:
+        """Return the network without these units, as files in `work`; or why there is none."""
         if not any(removed.values()):
             return "no whole unit fits into what is to be cut"
         cut = channel_cuts.cut(self.model, removed)
@@ -114,12 +113,11 @@ class Cutting:
             notes=(f"the proof is that of the cut: the original with these {units} channels masked",),
             proof=proof,
         )
-        stem, left = name.replace(" ", "-").replace("%", ""), costs.of(removed)
+        stem = name.replace(" ", "-").replace("%", "")
         return Made(
             save(Candidate(name, "fp32", work / f"{stem}.onnx", model, (*self.before, record))),
             save(Candidate(f"{name}, not repaired", "fp32", work / f"{stem}-cut.onnx", cut)),
-            1 - left / whole,
-            left if costs.unit == "ms" else None,
+            removed,
         )
 
     def summary(

@@ -8,6 +8,7 @@ other cuts. Shapes that were timed before, of this model or another, are not tim
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ from .. import model as model_io
 from ..latency import table as tables
 from ..latency.networks import time_networks
 from ..latency.shapes import shapes
-from ..latency.table import LatencyTable
+from ..latency.table import LatencyTable, Timed
+from ..memory import Memory
 from ..quantization.quantizer import Quantizer
 from ..types import Range
 from .costs import Costs, timed
@@ -38,6 +40,8 @@ _SECONDS = 0.5
 _LEAST = 0.25
 #: A table that fits what was measured worse than this is not kept for the next time: the machine was busy.
 _BELIEVED = 0.15
+#: How often a proposal is timed, and how well what was foretold of it must hold.
+_PROPOSALS, _AGREED = 5, 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,33 +72,77 @@ def _ranges(model: ir.Model) -> dict[str, Range]:
     return {value.name: Range(0.0 if value in rectified else -1.0, 1.0) for value in values if value.name}
 
 
-def latency_costs(
-    this: Job, model: ir.Model, groups: ChannelGroups, steps: Mapping[str, int], run: Delivery
-) -> tuple[Costs, LatencyTable]:
-    """Return the milliseconds of each node by what is cut, and the table that they come from."""
-    feed = job.one_input(this)
-    count = _FEW if model_io.weights_bytes(model) > LARGE else _NETWORKS
-    networks = [channel_cuts.cut(model, gone) for gone in variants(groups, steps, count, this.options.seed)]
-    wanted: dict[str, list[tuple[float, float]]] = {}
-    for network in networks:
-        for shape in shapes(network, feed):
-            wanted.setdefault(shape.family, []).append(shape.amounts({}))
-    kept = memory.Memory(
-        memory.context("layers", precision=run.precision, backend=this.backend.name, **memory.of_machine(this.threads))
-    )
-    try:
-        table = tables.recall(kept, wanted)
+@dataclass
+class Pricing:
+    """The milliseconds of a model's nodes by what is cut of it, on one input, as `run` delivers it.
+
+    `table` grows: what an allocation proposes is timed itself before it is believed (`settled`).
+    """
+
+    this: Job
+    model: ir.Model
+    groups: ChannelGroups
+    feed: Mapping[str, np.ndarray]
+    run: Delivery
+    table: LatencyTable
+
+    @classmethod
+    def of(cls, this: Job, model: ir.Model, groups: ChannelGroups, steps: Mapping[str, int], run: Delivery) -> Pricing:
+        """Time cuts of the model, or take what is known from before."""
+        feed = job.one_input(this)
+        count = _FEW if model_io.weights_bytes(model) > LARGE else _NETWORKS
+        networks = [channel_cuts.cut(model, gone) for gone in variants(groups, steps, count, this.options.seed)]
+        wanted: dict[str, list[tuple[float, float]]] = {}
+        for network in networks:
+            for shape in shapes(network, feed):
+                wanted.setdefault(shape.family, []).append(shape.amounts({}))
+        with _kept(this, run) as kept:
+            table = tables.recall(kept, wanted)
+        found = cls(this, model, groups, feed, run, table or LatencyTable({}))
         if table is None:
-            found = time_networks(
-                networks, feed, run_as=run.make, threads=this.threads,
-                seconds=_SECONDS * len(networks), progress=this.progress,
-            )  # fmt: skip
-            table = tables.from_timed(found)
-            if table.misfit <= _BELIEVED:
-                table = tables.remember(kept, table)
-    finally:
-        kept.close()
-    return timed(groups.groups, shapes(model, feed), table), table
+            found.table = tables.from_timed(found._time(networks))
+            found._keep()
+        return found
+
+    def costs(self) -> Costs:
+        """Return the milliseconds as costs of what is cut."""
+        return timed(self.groups.groups, shapes(self.model, self.feed), self.table)
+
+    def settled(self, propose: Callable[[Costs], Removed]) -> Removed:
+        """Return what is proposed once what is foretold of it holds.
+
+        The best of many cuts is the one of which too much is foretold, more often than not. So it is timed, which the
+        next proposal knows of, until proposal and table agree.
+        """
+        for _ in range(_PROPOSALS):
+            costs = self.costs()
+            removed = propose(costs)
+            network = channel_cuts.cut(self.model, removed)
+            if all(self.table.knows(shape.family, *shape.amounts({})) for shape in shapes(network, self.feed)):
+                break
+            whole, other = self._time([self.model, network])
+            self.table = self.table.learned(whole, costs.of({}), other)
+            self._keep()
+            if abs(costs.of(removed) / self.costs().of(removed) - 1) <= _AGREED:
+                break
+        return removed
+
+    def _time(self, networks: Sequence[ir.Model]) -> list[Timed]:
+        return time_networks(
+            networks, self.feed, run_as=self.run.make, threads=self.this.threads,
+            seconds=_SECONDS * len(networks), progress=self.this.progress,
+        )  # fmt: skip
+
+    def _keep(self) -> None:
+        if self.table.misfit <= _BELIEVED:
+            with _kept(self.this, self.run) as kept:
+                self.table = tables.remember(kept, self.table)
+
+
+def _kept(this: Job, run: Delivery) -> AbstractContextManager[Memory]:
+    """Return where the shapes that were timed on this machine, and run so, are kept."""
+    parts = {"precision": run.precision, "backend": this.backend.name, **memory.of_machine(this.threads)}
+    return closing(Memory(memory.context("layers", **parts)))
 
 
 def variants(groups: ChannelGroups, steps: Mapping[str, int], count: int, seed: int) -> list[Removed]:

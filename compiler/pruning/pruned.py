@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from ..proof import Prover
 from ..types import Pruning
 from .costs import counted
 from .cutting import Cutting, Made
-from .latencies import delivery, latency_costs
+from .latencies import Pricing, delivery
 from .race import Chosen, Race
 
 if TYPE_CHECKING:
@@ -75,15 +75,21 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
         return _by_latency(this, cutting, baseline, work, request)
     kind = request.kind if request.saved else "params"
     costs = counted(cutting.model, cutting.groups.groups, kind)
-    found = [cutting.made(saved, costs, work, f"pruned {100 * saved:.0f}%") for saved in request.saved or AUTO]
+    if not costs.of({}):
+        why = "how many MACs the layers have is not known (shapes are dynamic): --prune params:30% counts weights"
+        return Chosen(None, why)
+    found = [
+        cutting.made(cutting.proposed(costs, saved), work, f"pruned {100 * saved:.0f}%")
+        for saved in request.saved or AUTO
+    ]
     made = [one for one in found if isinstance(one, Made)]
     if not made:
         return Chosen(None, next(one for one in found if isinstance(one, str)))
     if not request.saved:
         return _smallest(this, made)
-    (saved,) = request.saved
-    short = f"{100 * made[0].reached:.3g}% is what can be cut in whole units"
-    return Chosen(made[0], "cut as asked" if made[0].reached >= saved - 1e-9 else short)
+    (saved,), reached = request.saved, 1 - costs.of(made[0].removed) / costs.of({})
+    short = f"{100 * reached:.3g}% is what can be cut in whole units"
+    return Chosen(made[0], "cut as asked" if reached >= saved - 1e-9 else short)
 
 
 def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Prune) -> Chosen:
@@ -92,17 +98,17 @@ def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, re
         why = f"nothing can be shown to pay where nothing is measured ({this.not_measured}); --prune 30% is obeyed"
         return Chosen(None, why)
     run = delivery(this)
-    costs, table = latency_costs(this, cutting.model, cutting.groups, cutting.steps, run)
-    race = Race(this, cutting, costs, run, baseline, work)
+    prices = Pricing.of(this, cutting.model, cutting.groups, cutting.steps, run)
+    race = Race(this, cutting, prices, baseline, work)
     if request.saved:
         found = race.part(request.saved[0])
     elif this.options.budget.max_latency_ms is not None:
         found = race.limit(this.options.budget.max_latency_ms)
     else:
         found = race.budget()
-    shapes = sum(map(len, table.known.values()))
+    shapes = sum(map(len, prices.table.known.values()))
     told = f"cuts are priced by {shapes} timed shapes of layers, which explain what was timed within"
-    return found.noting(f"{told} {100 * table.misfit:.0f} %")
+    return replace(found, notes=(f"{told} {100 * prices.table.misfit:.0f} %",))
 
 
 def _smallest(this: Job, made: Sequence[Made]) -> Chosen:

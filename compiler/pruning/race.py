@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 from .. import guard, trials
 from ..candidates import Candidate, save
 from ..types import Attempt, Fidelity, PruneTrial
-from .costs import Costs
 from .cutting import Cutting, Made
-from .latencies import Delivery
+from .latencies import Pricing
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -32,6 +31,8 @@ _FIRST, _MOST, _CUTS = 0.2, 0.7, 4
 _CLOSE = 0.04
 #: A speed-up that is asked for is aimed at a little too high, and met well enough within this.
 _AIM, _ENOUGH = 1.005, 1.03
+#: A cut that is foretold to save less than this of what was aimed at is all that there is to cut.
+_ALL = 0.97
 #: So much faster than a stated latency needs: milliseconds drift with the machine, and are measured once more.
 _MARGIN = 1.04
 
@@ -45,10 +46,6 @@ class Chosen:
     trials: tuple[PruneTrial, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def noting(self, note: str) -> Chosen:
-        """Return the same with another note."""
-        return replace(self, notes=(*self.notes, note))
-
 
 @dataclass(frozen=True, eq=False)
 class Race:
@@ -56,8 +53,7 @@ class Race:
 
     this: Job
     cutting: Cutting
-    costs: Costs
-    run: Delivery
+    prices: Pricing
     baseline: Candidate
     work: Path
     made: list[Made] = field(default_factory=list)
@@ -123,7 +119,7 @@ class Race:
             speed = measured[one.candidate.name].speedup or 1.0
             rows.append(self._row(one, speed, None, "fast enough" if speed >= wanted else "not fast enough"))
             (reaching if speed >= wanted else short).append((speed, one))
-            if wanted <= speed <= _ENOUGH * wanted or one.reached < 0.98 * (1 - 1 / aim):
+            if wanted <= speed <= _ENOUGH * wanted or (rows[-1].predicted_speedup or aim) < _ALL * aim:
                 break
             aim = min(aim * _AIM * wanted / speed, 1 / (1 - _MOST))
         if not reaching and not short:
@@ -138,7 +134,8 @@ class Race:
 
     def _cut(self, part: float) -> Made | str:
         """Return a cut that is foretold to save the part, or what can be saved, of the time; or why there is none."""
-        made = self.cutting.made(part, self.costs, self.work, f"pruned {100 * part:.3g}% of the time")
+        removed = self.prices.settled(lambda costs: self.cutting.proposed(costs, part))
+        made = self.cutting.made(removed, self.work, f"pruned {100 * part:.3g}% of the time")
         if not isinstance(made, str):
             self.made.append(made)
         return made
@@ -146,15 +143,16 @@ class Race:
     def _delivered(self, one: Candidate) -> Candidate:
         """Return a float candidate as it will run, under its own name; its quality is that of its floats."""
         path = one.path.with_name(f"{one.path.stem}-delivered.onnx")
-        return save(Candidate(one.name, one.precision, path, self.run.make(one.model), judged=one.path))
+        return save(Candidate(one.name, one.precision, path, self.prices.run.make(one.model), judged=one.path))
 
     def _trial(self, one: Made, attempt: Attempt) -> PruneTrial:
         drop = None if attempt.fidelity is None else attempt.fidelity.drop
         return self._row(one, attempt.measurement.speedup, drop, attempt.verdict)
 
     def _row(self, one: Made, speed: float | None, drop: float | None, verdict: str) -> PruneTrial:
-        foretold = None if not one.predicted_ms else self.costs.of({}) / one.predicted_ms
-        return PruneTrial(one.candidate.name, self.run.precision, foretold, speed, drop, verdict)
+        costs = self.prices.costs()
+        foretold = costs.of({}) / costs.of(one.removed)
+        return PruneTrial(one.candidate.name, self.prices.run.precision, foretold, speed, drop, verdict)
 
     def _out_of_time(self) -> bool:
         return self.this.seconds_left == 0
