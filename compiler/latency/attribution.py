@@ -31,12 +31,11 @@ def by_node(kernels: Iterable[Kernel], model: ir.Model) -> dict[str, tuple[float
     found: dict[str, tuple[float, int]] = {}
     for kernel in kernels:
         anonymous = kernel.name == kernel.op or kernel.name.startswith(f"{kernel.op}_token_")
-        names = [*kernel.outputs, *([] if anonymous else [kernel.name])]
-        home = next((homes[name] for name in (longest_known(n, homes) for n in names) if name), None)
+        source = next((seen[name] for name in kernel.inputs if seen.get(name)), None)
+        names = [*kernel.outputs, *([] if anonymous else [kernel.name]), *kernel.inputs]
+        home = source if anonymous else None
         if home is None:
-            home = next((seen[name] for name in kernel.inputs if seen.get(name)), None)
-        if home is None:
-            home = next((homes[name] for name in (longest_known(n, homes) for n in kernel.inputs) if name), None)
+            home = next((homes[name] for name in (longest_known(n, homes) for n in names) if name), source)
         op = next((op for op in LINEAR if op in kernel.op and "Integer" not in kernel.op), None)
         if home is not None and op is not None and home.op_type != op:
             home = _behind(home, lambda node, op=op: node.op_type == op and node not in claimed) or home  # type: ignore[misc]  # op is bound

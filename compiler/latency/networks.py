@@ -30,6 +30,7 @@ def time_networks(
     models: Sequence[ir.Model],
     feed: Mapping[str, np.ndarray],
     *,
+    axes: Mapping[str, int] | None = None,
     run_as: Callable[[ir.Model], ir.Model] = lambda model: model,
     threads: int = 0,
     seconds: float = 6.0,
@@ -37,6 +38,7 @@ def time_networks(
 ) -> list[Timed]:
     """Time float networks on one input, in turn; `run_as` makes of each what really runs (quantized, say).
 
+    `axes` as for shapes().
     `seconds` in all, half of them with the profiler.
     """
     with TemporaryDirectory() as folder:
@@ -52,7 +54,7 @@ def time_networks(
     for name, model in zip(paths, models, strict=True):
         of_nodes = by_node(kernels[name], model)
         rows = []
-        for shape in shapes(model, feed):
+        for shape in shapes(model, feed, axes):
             ms, count = of_nodes.pop(shape.node, (0.0, 0))
             rows.append((shape.family, *shape.amounts({}), ms, count))
         rows += [(f"unknown {node}", 1.0, 1.0, ms, count) for node, (ms, count) in of_nodes.items()]

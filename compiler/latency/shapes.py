@@ -51,10 +51,11 @@ def name_of(node: ir.Node) -> str:
     return node.name or node.outputs[0].name or node.op_type
 
 
-def shapes(model: ir.Model, feed: Mapping[str, np.ndarray]) -> tuple[Shape, ...]:
+def shapes(model: ir.Model, feed: Mapping[str, np.ndarray], axes: Mapping[str, int] | None = None) -> tuple[Shape, ...]:
     """Return the shape of each node of the main graph that computes on `feed`, in the graph's order.
 
-    Nodes whose lengths remain unknown (they depend on more than the inputs' shapes) are left out. The model stays.
+    `axes`: along which axis a tensor may be cut, by its name; that of channels if not named. Nodes whose lengths
+    remain unknown (they depend on more than the inputs' shapes) are left out. The model stays.
     """
     twin = model.clone()
     for value in twin.graph.inputs:
@@ -62,11 +63,11 @@ def shapes(model: ir.Model, feed: Mapping[str, np.ndarray]) -> tuple[Shape, ...]
             value.shape = ir.Shape(feed[value.name].shape)
     twin.graph.outputs.clear()  # their declared shapes would stay as they are
     infer_shapes(twin)
-    found = (_shape(node) for node in twin.graph)
+    found = (_shape(node, axes or {}) for node in twin.graph)
     return tuple(shape for shape in found if shape is not None)
 
 
-def _shape(node: ir.Node) -> Shape | None:
+def _shape(node: ir.Node, axes: Mapping[str, int]) -> Shape | None:
     reads = [value for value in node.inputs if value is not None and value.const_value is None]
     writes = [value for value in node.outputs if value.name]
     dims = {value: _dims(value) for value in (*reads, *writes)}
@@ -77,7 +78,7 @@ def _shape(node: ir.Node) -> Shape | None:
         facts, axis = _of_layer(node, known[reads[0]], known[writes[0]])
         amounts = {value: float(lengths[axis]) for value, lengths in known.items()}
     else:
-        places = _positions(node, known[writes[0]])
+        places = _positions(known[writes[0]], axes.get(writes[0].name or ""))
         facts = {"of": len(reads), "at": places}
         amounts = {value: math.prod(lengths) / max(math.prod(places), 1) for value, lengths in known.items()}
     facts |= {key: _text(node.attributes[key]) for key in _PLACED if key in node.attributes}
@@ -97,11 +98,11 @@ def _of_layer(node: ir.Node, read: Sequence[int], written: Sequence[int]) -> tup
     return {"k": tuple(weight.shape.numpy()[2:]), "each": each, "from": tuple(read[2:]), "at": tuple(written[2:])}, 1
 
 
-def _positions(node: ir.Node, written: Sequence[int]) -> tuple[int, ...]:
-    """Return the lengths that no cut changes: positions of images, rows and columns of a product."""
-    if node.op_type == "MatMul":
-        return tuple(written[-2:])
-    return tuple(written[2:]) if len(written) > 3 else tuple(written[1:-1])
+def _positions(written: Sequence[int], axis: int | None) -> tuple[int, ...]:
+    """Return the lengths that no cut changes: all but the batch and the axis of channels."""
+    if axis is None:
+        axis = 1 if len(written) > 3 else len(written) - 1
+    return tuple(length for i, length in enumerate(written) if i not in (0, axis % max(len(written), 1)))
 
 
 def _readers(value: ir.Value) -> set[str]:

@@ -20,7 +20,7 @@ from .. import job, memory
 from .. import model as model_io
 from ..latency import table as tables
 from ..latency.networks import time_networks
-from ..latency.shapes import shapes
+from ..latency.shapes import Shape, shapes
 from ..latency.table import LatencyTable, Timed
 from ..memory import Memory
 from ..quantization.quantizer import Quantizer
@@ -89,12 +89,12 @@ class Pricing:
     @classmethod
     def of(cls, this: Job, model: ir.Model, groups: ChannelGroups, steps: Mapping[str, int], run: Delivery) -> Pricing:
         """Time cuts of the model, or take what is known from before."""
-        feed = job.one_input(this)
+        feed, axes = job.one_input(this), axes_of(groups)
         count = _FEW if model_io.weights_bytes(model) > LARGE else _NETWORKS
         networks = [channel_cuts.cut(model, gone) for gone in variants(groups, steps, count, this.options.seed)]
         wanted: dict[str, list[tuple[float, float]]] = {}
         for network in networks:
-            for shape in shapes(network, feed):
+            for shape in shapes(network, feed, axes):
                 wanted.setdefault(shape.family, []).append(shape.amounts({}))
         with _kept(this, run) as kept:
             table = tables.recall(kept, wanted)
@@ -106,7 +106,7 @@ class Pricing:
 
     def costs(self) -> Costs:
         """Return the milliseconds as costs of what is cut."""
-        return timed(self.groups.groups, shapes(self.model, self.feed), self.table)
+        return timed(self.groups.groups, self._shapes(self.model), self.table)
 
     def settled(self, propose: Callable[[Costs], Removed]) -> Removed:
         """Return what is proposed once what is foretold of it holds.
@@ -118,7 +118,7 @@ class Pricing:
             costs = self.costs()
             removed = propose(costs)
             network = channel_cuts.cut(self.model, removed)
-            if all(self.table.knows(shape.family, *shape.amounts({})) for shape in shapes(network, self.feed)):
+            if all(self.table.knows(shape.family, *shape.amounts({})) for shape in self._shapes(network)):
                 break
             whole, other = self._time([self.model, network])
             self.table = self.table.learned(whole, costs.of({}), other)
@@ -127,9 +127,12 @@ class Pricing:
                 break
         return removed
 
+    def _shapes(self, network: ir.Model) -> tuple[Shape, ...]:
+        return shapes(network, self.feed, axes_of(self.groups))
+
     def _time(self, networks: Sequence[ir.Model]) -> list[Timed]:
         return time_networks(
-            networks, self.feed, run_as=self.run.make, threads=self.this.threads,
+            networks, self.feed, axes=axes_of(self.groups), run_as=self.run.make, threads=self.this.threads,
             seconds=_SECONDS * len(networks), progress=self.this.progress,
         )  # fmt: skip
 
@@ -137,6 +140,11 @@ class Pricing:
         if self.table.misfit <= _BELIEVED:
             with _kept(self.this, self.run) as kept:
                 self.table = tables.remember(kept, self.table)
+
+
+def axes_of(groups: ChannelGroups) -> dict[str, int]:
+    """Return along which axis each tensor that has units of some group is cut."""
+    return {member.tensor: member.axis for group in groups for member in group.members if not member.node}
 
 
 def _kept(this: Job, run: Delivery) -> AbstractContextManager[Memory]:
