@@ -77,17 +77,24 @@ def _fix(model: ir.Model, node: ir.Node, tensor: ir.TensorProtocol, names: Names
 
 def _bias(layer: ir.Node) -> ir.TensorProtocol:
     """Return what a layer gives whose weight is 0, with 1 along the axes on which it does not depend."""
-    weight, out = constant(layer.inputs[1]), layer.outputs[0]
+    weight, rank = constant(layer.inputs[1]), len(layer.outputs[0].shape or ())
     given = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
-    assert weight is not None and out.shape is not None
-    rank = len(out.shape)
-    array = np.zeros(1, weight.dtype.numpy()) if given is None else given.numpy()
-    if layer.op_type == "Gemm":
+    assert weight is not None and rank
+    nothing = np.zeros(_channels(layer, weight.shape.numpy()), weight.dtype.numpy())
+    array = nothing if given is None else given.numpy()
+    if layer.op_type.startswith("Conv"):
+        array = array.reshape(1, -1, *(1,) * (rank - 2))
+    elif layer.op_type == "Gemm":
         array = (array * layer.attributes.get_float("beta", 1.0)).astype(weight.dtype.numpy())
-        shape = (1,) * (rank - array.ndim) + array.shape
-    else:
-        shape = (1, -1, *(1,) * (rank - 2)) if given is not None else (1,) * rank
-    return ir.Tensor(np.ascontiguousarray(array.reshape(shape)), dtype=weight.dtype)
+    array = array.reshape((1,) * (rank - array.ndim) + array.shape)
+    return ir.Tensor(np.ascontiguousarray(array), dtype=weight.dtype)
+
+
+def _channels(layer: ir.Node, shape: tuple[int, ...]) -> int:
+    if layer.op_type == "ConvTranspose":
+        return shape[1] * layer.attributes.get_int("group", 1)
+    turned = layer.op_type == "Conv" or layer.attributes.get_int("transB", 0)
+    return shape[0] if turned else shape[-1]
 
 
 def _bypass(graph: ir.Graph, add: ir.Node, skip: ir.Value) -> None:

@@ -41,7 +41,7 @@ _TAIL = frozenset(
     (
         *("Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Transpose", "Identity", "Cast", "Abs", "Neg", "Sqrt"),
         *("Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Relu", "Selu"),
-        *("Sigmoid", "Softplus", "Softsign", "Swish", "Tanh"),
+        *("Sigmoid", "Softplus", "Softsign", "Swish", "Tanh", "BatchNormalization"),
     )
 )
 
