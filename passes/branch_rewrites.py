@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -90,10 +90,11 @@ def _bias(layer: ir.Node) -> ir.TensorProtocol:
     return ir.Tensor(np.ascontiguousarray(array), dtype=weight.dtype)
 
 
-def _channels(layer: ir.Node, shape: tuple[int, ...]) -> int:
+def _channels(layer: ir.Node, shape: Sequence[int]) -> int:
+    """Return how many outputs a layer has whose weight is of this shape."""
     if layer.op_type == "ConvTranspose":
         return shape[1] * layer.attributes.get_int("group", 1)
-    turned = layer.op_type == "Conv" or layer.attributes.get_int("transB", 0)
+    turned = layer.op_type == "Conv" or layer.attributes.get_int("transB", 0) == 1
     return shape[0] if turned else shape[-1]
 
 
