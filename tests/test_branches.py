@@ -336,11 +336,8 @@ def test_repair_with_channels_and_branches():
     }
 
 
-def test_the_ranking_is_the_error_with_the_mean_in_place_of_the_branch():
-    """By hand: with the mean of f in its place the outputs' error is the variance of f over their energy.
-
-    Nothing stands behind the sum, so p = 1.
-    """
+def test_the_ranking_is_the_error_with_the_best_constant_where_nothing_stands_behind():
+    """By hand: with the mean of f in its place the outputs' error is the variance of f over their energy."""
     text = """g (float[N,1,2,2] x) => (float[N,1,2,2] y) <float[1,1,1,1] w, float[1] b> {
         h = Relu (x)
         f = Conv (h, w, b)
@@ -351,9 +348,33 @@ def test_the_ranking_is_the_error_with_the_mean_in_place_of_the_branch():
     (data,) = feeds(model, batches=1)
     f = 3 + 0.5 * np.maximum(data["x"], 0)
     ranking = branch_ranking.rank_branches(model, list(found), [data], threads=1)[found[0].name]
-    want = 0.75 * np.square(f - f.mean()).sum() / np.square(data["x"] + f).sum()
+    want = np.square(f - f.mean()).sum() / np.square(data["x"] + f).sum()
     assert ranking.order == (0,) and ranking.curve[0] == 0
-    assert ranking.curve[1] == pytest.approx(want, rel=1e-4)
+    assert ranking.curve[1] == pytest.approx(want / (1.4 * 0.4), rel=1e-4)
+
+
+def test_a_branch_that_adds_nothing_goes_first_and_one_that_others_make_up_for_is_cheap():
+    """Both blocks are read by the last layer; what the second adds is what it could take from the first by itself."""
+    text = """g (float[N,4,4,4] x) => (float[N,2,4,4] y)
+    <float[4,4,1,1] w1, float[4,4,1,1] v1, float[4,4,1,1] w2, float[4,4,1,1] v2, float[2,4,1,1] u> {
+        h1 = Conv (x, w1)
+        r1 = Relu (h1)
+        f1 = Conv (r1, v1)
+        s1 = Add (x, f1)
+        f2 = Conv (s1, w2)
+        s2 = Add (s1, f2)
+        h3 = Relu (s2)
+        f3 = Conv (h3, v2)
+        s3 = Add (s2, f3)
+        y = Conv (s3, u)
+    }"""
+    model = prepared(zoo.model(text, {"v2": np.full((4, 4, 1, 1), 1e-6)}))
+    found, data = branches(model), feeds(model)
+    costs = [r.curve[1] for r in branch_ranking.rank_branches(model, list(found), data, threads=1).values()]
+    assert [branch.layer for branch in found] == ["node_Conv_2", "node_Conv_3", "node_Conv_4"]
+    assert costs[2] < 1e-3 < 1e-2 < costs[0]
+    gone = removed(model, [found[1]])
+    assert costs[1] < error(model, gone, data) / 10, "what is linear in the skip is taken over by what reads the sum"
 
 
 def test_nothing_to_rank():

@@ -30,7 +30,7 @@ class Probe:
     def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], threads: int) -> None:
         """Run `model` on a part of `feeds`, batches of inputs."""
         self._threads = threads
-        self.feeds = _spread(feeds, _LARGE_IMAGES if is_large(model) else _IMAGES)
+        self.feeds = spread(feeds, _LARGE_IMAGES if is_large(model) else _IMAGES)
         self._expected = self._run(model)
 
     def error(self, model: ir.Model) -> float:
@@ -51,7 +51,7 @@ class Probe:
         return {name: [run[name] for run in runs] for name, y in runs[0].items() if y.dtype.kind == "f"}
 
 
-def _spread(feeds: Sequence[Mapping[str, np.ndarray]], count: int) -> list[Mapping[str, np.ndarray]]:
+def spread(feeds: Sequence[Mapping[str, np.ndarray]], count: int) -> list[Mapping[str, np.ndarray]]:
     """Return about so many rows of the batches, evenly: folders are sorted by class. Fixed batches stay whole."""
     total = sum(len(next(iter(feed.values()))) for feed in feeds)
     step = max(1, total // count)
