@@ -3,11 +3,14 @@
 Each branch is removed alone, as one candidate (FinerCut judges its sub-blocks so: passes/branches.py), but here what is
 left is repaired before the outputs are looked at (repair.py). With the mean of the branch in its place and no repair
 the order is another one: repair leaves 5 to 34 % of that error on ResNet-20, the less the more layers stand behind the
-branch, 17 to 98 % on ResNet-32, and 1 to 14 % on a vision transformer. ResNet-20 without the four branches that cost
-least by one and by the other is right for 73.3 and 65.4 % of images.
+branch, 17 to 98 % on ResNet-32, and 1 to 14 % on a vision transformer. Without the four branches of ResNet-20 that cost
+least, 47 % of its MACs, 73.3 % of the images are right by this order and 65.4 % by the other; without three of
+ResNet-32, 80.7 and 82.4 %: what two branches cost together is not the sum of what they cost alone.
 
 A branch is a group of one unit, whose curve is 0, then that error, on the scale of importance.py's: there errors are
-those before repair, which leaves about two fifths of them.
+those before repair, which leaves about two fifths of them. At the same MACs it makes little difference whether branches
+or channels go: with this scale halved, two to five branches go first, and top-1 changes by -0.8 to +0.6 points. Of time
+they save more: ResNet-20 is 1.64 times faster without four branches, 1.31 times with half of its MACs cut in channels.
 """
 
 from __future__ import annotations
