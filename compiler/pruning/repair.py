@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...passes import channel_cuts, pruning
+from ...passes import branch_rewrites, channel_cuts, pruning
+from ...passes.branches import Branch
 from ...passes.channel_cuts import Removed
 from ...passes.constants import Names, add_initializer
 from ...passes.weight_writer import added_bias
@@ -36,17 +37,25 @@ def repaired(
     feeds: Sequence[Mapping[str, np.ndarray]],
     ridge: float,
     *,
+    branches: Sequence[Branch] = (),
     seed: int = 0,
     threads: int = 0,
     progress: Progress = silent,
 ) -> ir.Model:
-    """Return `model` without the units `removed`, what is left fitted on `feeds`; `model` is not changed.
+    """Return `model` without the units `removed` and without `branches`, what is left fitted on `feeds`.
+
+    `model` is not changed. Of a branch the best constant is left, which the walk finds as its last layer's bias.
 
     A layer whose weight is shared, or that has no Gram matrix (gram.layout), keeps the weights that it had.
     """
-    masked = channel_cuts.mask(model, removed)
+    silent_model = branch_rewrites.silenced(model, branches)
+    masked = channel_cuts.mask(silent_model, removed)
+    last = {branch.layer for branch in branches}
+    inside = {name for branch in branches for name in branch.nodes} - last
 
     def refit(site: Site) -> Choice | str:
+        if site.node.name in last:
+            return "its branch is removed"
         if len(_weight(site.node).uses()) > 1:
             return "its weight is shared"
         layout, fitted = site.moments.layout, site.moments.layout.matrix(site.weight.astype(np.float64)).copy()
@@ -57,8 +66,11 @@ def repaired(
                 old[:, read] = pruning.refit(gram, cross, read, FEW_RIDGE if few else ridge, old)
         return Choice(np.ascontiguousarray(layout.unmatrix(fitted)).astype(np.float32))
 
-    steps = walk(model, masked, feeds, refit, floats=True, seed=seed, threads=threads, progress=progress)
-    return channel_cuts.cut(_written(model, steps), removed)
+    steps = walk(
+        model, masked, feeds, refit, floats=True, skip=inside, seed=seed, threads=threads, progress=progress
+    )  # fmt: skip
+    cut = channel_cuts.cut(_written(silent_model, steps), removed)
+    return branch_rewrites.removed(cut, branches)
 
 
 def _weight(node: ir.Node) -> ir.Value:
