@@ -12,7 +12,8 @@ import zoo
 from edgec.compiler import layers, pipeline
 from edgec.compiler import model as model_io
 from edgec.compiler.proof import Prover
-from edgec.compiler.pruning import allocation, branch_ranking, repair
+from edgec.compiler.pruning import branch_ranking, repair
+from edgec.compiler.pruning.structure import Structure
 from edgec.passes import channel_cuts, pruning
 from edgec.passes.branch_rewrites import removed, silenced
 from edgec.passes.branches import branches, name_of
@@ -299,9 +300,8 @@ def test_of_a_sum_one_operand_stays():
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_the_cost_without_branches_is_that_of_the_model_without_them(name, kind):
     model, found = animal(name)
-    groups, more = channel_cuts.groups(model), branch_ranking.branch_axes(list(found))
-    costs = allocation.costs(model, groups.groups, kind)
-    costs = allocation.Costs(costs.whole, {layer: (*axes, *more.get(layer, ())) for layer, axes in costs.axes.items()})
+    groups = channel_cuts.groups(model)
+    costs = Structure(groups, found).counted(model, kind)
     rng = np.random.default_rng(0)
     cut = groups.feasible({g.name: rng.permutation(g.units)[: g.units // 2].tolist() for g in groups})
     for gone in ({}, cut):

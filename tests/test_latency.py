@@ -17,6 +17,7 @@ from edgec.compiler.memory import Memory, context
 from edgec.compiler.pruning import costs as pruning_costs
 from edgec.compiler.pruning import latencies
 from edgec.compiler.pruning.latencies import Delivery, Pricing, variants
+from edgec.compiler.pruning.structure import Structure
 from edgec.passes import channel_cuts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,7 +78,7 @@ def test_what_a_cut_network_reads_and_writes_is_foretold(name, seed):
     gone, feed = random_cut(groups, seed), feed_of(model)
     network = channel_cuts.cut(model, gone)
     table = SimpleNamespace(call_ms=0.25, ms=lambda family, i, o: 1.0 + i + 2 * o + 3 * i * o)
-    axes = latencies.axes_of(groups)
+    axes = Structure.of(model).axes
     found = pruning_costs.timed(groups.groups, shapes(model, feed, axes), table)
     kept = {node.name for node in network.graph}
     real = {s.node: table.ms(s.family, *s.amounts({})) for s in shapes(network, feed, axes)}
@@ -242,7 +243,7 @@ def priced(monkeypatch, price=truth):
         backend=SimpleNamespace(name="ort"),
     )  # fmt: skip
     monkeypatch.setattr(latencies.job, "one_input", lambda this: feed_of(model))
-    return Pricing.of(this, model, groups, {}, Delivery("fp32", lambda m: m)), calls, groups
+    return Pricing.of(this, model, Structure.of(model), {}, Delivery("fp32", lambda m: m)), calls, groups
 
 
 def test_what_was_timed_once_is_not_timed_again(monkeypatch):

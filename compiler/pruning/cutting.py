@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...passes import channel_cuts, pruning
-from ...passes.channel_cuts import ChannelGroups, Removed
+from ...passes import pruning
+from ...passes.channel_cuts import ChannelGroups
 from .. import layers, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
@@ -17,8 +17,10 @@ from ..fitting.feeds import calibration_feeds
 from ..proof import Prover
 from ..types import PassRecord, PrunedLayer, PruneTrial, Pruning
 from . import allocation, importance
+from .branch_ranking import rank_branches
 from .costs import Costs
 from .repair import repaired
+from .structure import Structure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,13 +48,38 @@ def steps_of(groups: ChannelGroups, kind: str) -> dict[str, int]:
     return {group.name: multiple for group in wide}
 
 
+def proposed(
+    structure: Structure,
+    costs: Costs,
+    rankings: Mapping[str, importance.Ranking],
+    saved: float,
+    steps: Mapping[str, int],
+) -> dict[str, list[int]]:
+    """Return what goes, so that the part `saved` of the cost does, or as much as there is.
+
+    Of two branches of one sum the cheaper goes; the other one is left out, and all is allocated anew.
+    """
+    left = dict(rankings)
+    while True:
+        found = allocation.allocate(costs, left, saved, steps)
+        by_error = sorted(found, key=lambda name: float(left[name].curve[-1]))
+        removed = structure.feasible({name: found[name] for name in by_error})
+        given_back = [
+            branch.name for branch in structure.branches if branch.name in found and branch.name not in removed
+        ]
+        if not given_back:
+            return removed
+        for name in given_back:
+            del left[name]
+
+
 @dataclass(frozen=True, eq=False)
 class Made:
     """A cut network, repaired and not. `removed`: the units that are gone, by group."""
 
     candidate: Candidate
     unrepaired: Candidate
-    removed: Removed
+    removed: Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +88,7 @@ class Cutting:
 
     this: Job
     model: ir.Model
-    groups: ChannelGroups
+    structure: Structure
     feeds: Sequence[Mapping[str, np.ndarray]]
     rankings: Mapping[str, importance.Ranking]
     before: Sequence[PassRecord]
@@ -71,35 +98,39 @@ class Cutting:
     def of(cls, this: Job, model: ir.Model, before: Sequence[PassRecord], start: float) -> Cutting:
         """Find and rank what can be cut of `model`. There must be images."""
         assert this.images is not None
-        groups = channel_cuts.groups(model)
-        feeds = calibration_feeds(model, this.images, threads=this.threads) if groups.groups else []
-        rankings = importance.rank(
-            model, groups.groups, feeds, seed=this.options.seed, threads=this.threads, progress=this.progress
-        ) if groups.groups else {}  # fmt: skip
-        return cls(this, model, groups, feeds, rankings, [r for r in before if r.modified], start)
+        structure, threads = Structure.of(model), this.threads
+        feeds = calibration_feeds(model, this.images, threads=threads) if structure else []
+        common = {"seed": this.options.seed, "threads": threads, "progress": this.progress}
+        rankings = {
+            **importance.rank(model, structure.groups.groups, feeds, **common),  # type: ignore[arg-type]  # several types
+            **rank_branches(model, structure.branches.branches, feeds, **common),  # type: ignore[arg-type]  # the same
+        } if structure else {}  # fmt: skip
+        return cls(this, model, structure, feeds, rankings, [r for r in before if r.modified], start)
 
     @property
     def steps(self) -> dict[str, int]:
         """How many units of each group go at a time."""
-        return steps_of(self.groups, self.this.profile.kind)
+        return steps_of(self.structure.groups, self.this.profile.kind)
 
-    def proposed(self, costs: Costs, saved: float) -> Removed:
+    def proposed(self, costs: Costs, saved: float) -> dict[str, list[int]]:
         """Return the units that go, so that the part `saved` of the cost does, or as much as there is."""
-        return self.groups.feasible(allocation.allocate(costs, self.rankings, saved, self.steps))
+        return proposed(self.structure, costs, self.rankings, saved, self.steps)
 
-    def made(self, removed: Removed, work: Path, name: str) -> Made | str:
+    def made(self, removed: Mapping[str, Sequence[int]], work: Path, name: str) -> Made | str:
         """Return the network without these units, as files in `work`; or why there is none."""
         if not any(removed.values()):
             return "no whole unit fits into what is to be cut"
-        cut = channel_cuts.cut(self.model, removed)
-        proof = Prover(channel_cuts.mask(self.model, removed)).prove(cut, TOLERANCE)
+        cut = self.structure.cut(self.model, removed)
+        proof = Prover(self.structure.mask(self.model, removed)).prove(cut, TOLERANCE)
         if proof.error is not None and not proof.error <= proof.tolerance:
             return f"the cut failed its proof: its outputs differ by {proof.error:.1e} from the masked network's"
+        units, branches = self.structure.split(removed)
         model = repaired(
-            self.model, removed, self.feeds, pruning.RIDGE,
+            self.model, units, self.feeds, pruning.RIDGE, branches=branches,
             seed=self.this.options.seed, threads=self.this.threads, progress=self.this.progress,
         )  # fmt: skip
-        units = sum(len(gone) for gone in removed.values())
+        channels = sum(map(len, units.values()))
+        whole = f" and {len(branches)} branches" if branches else ""
         record = PassRecord(
             name="prune",
             stage="compress",
@@ -108,9 +139,9 @@ class Cutting:
             seconds=time.perf_counter() - self.start,
             nodes_before=len(self.model.graph),
             nodes_after=len(model.graph),
-            rewrites=units,
-            refusals=self.groups.refusals,
-            notes=(f"the proof is that of the cut: the original with these {units} channels masked",),
+            rewrites=channels + len(branches),
+            refusals=self.structure.refusals,
+            notes=(f"the proof is that of the cut: the original with these {channels} channels{whole} masked",),
             proof=proof,
         )
         stem = name.replace(" ", "-").replace("%", "")
@@ -128,9 +159,9 @@ class Cutting:
             asked=request.text,
             why=why,
             criterion="obs",
-            groups=len(self.groups.groups),
+            groups=len(self.structure.groups),
             kept=False,
-            refusals=self.groups.refusals,
+            refusals=self.structure.refusals,
             tried=tuple(tried),
             notes=tuple(told),
         )
@@ -138,10 +169,10 @@ class Cutting:
             return found
         before, after = sizes(self.model), sizes(made.candidate.model)
         judged = trials.judge(self.this, [made.unrepaired, made.candidate])
+        gone = (0, 0, 0)  # a layer of a branch
         rows = tuple(
-            PrunedLayer(name, *before[name][:2], *after[name][:2], before[name][2], after[name][2])
-            for name in before
-            if name in after
+            PrunedLayer(name, ins, outs, *after.get(name, gone)[:2], macs, after.get(name, gone)[2])
+            for name, (ins, outs, macs) in before.items()
         )
         return replace(
             found,

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...passes import channel_cuts
-from ...passes.channel_cuts import ChannelGroup, ChannelGroups, Removed
+from ...passes.channel_cuts import ChannelGroup, ChannelGroups
 from .. import job, memory
 from .. import model as model_io
 from ..latency import table as tables
@@ -25,7 +24,8 @@ from ..latency.table import LatencyTable, Timed
 from ..memory import Memory
 from ..quantization.quantizer import Quantizer
 from ..types import Range
-from .costs import Costs, timed
+from .costs import Costs
+from .structure import Structure
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -81,24 +81,25 @@ class Pricing:
 
     this: Job
     model: ir.Model
-    groups: ChannelGroups
+    structure: Structure
     feed: Mapping[str, np.ndarray]
     run: Delivery
     table: LatencyTable
 
     @classmethod
-    def of(cls, this: Job, model: ir.Model, groups: ChannelGroups, steps: Mapping[str, int], run: Delivery) -> Pricing:
+    def of(cls, this: Job, model: ir.Model, structure: Structure, steps: Mapping[str, int], run: Delivery) -> Pricing:
         """Time cuts of the model, or take what is known from before."""
-        feed, axes = job.one_input(this), axes_of(groups)
+        feed, axes = job.one_input(this), structure.axes
         count = _FEW if model_io.weights_bytes(model) > LARGE else _NETWORKS
-        networks = [channel_cuts.cut(model, gone) for gone in variants(groups, steps, count, this.options.seed)]
+        cuts = variants(structure.groups, steps, count, this.options.seed)
+        networks = [structure.cut(model, gone) for gone in cuts]
         wanted: dict[str, list[tuple[float, float]]] = {}
         for network in networks:
             for shape in shapes(network, feed, axes):
                 wanted.setdefault(shape.family, []).append(shape.amounts({}))
         with _kept(this, run) as kept:
             table = tables.recall(kept, wanted)
-        found = cls(this, model, groups, feed, run, table or LatencyTable({}))
+        found = cls(this, model, structure, feed, run, table or LatencyTable({}))
         if table is None:
             found.table = tables.from_timed(found._time(networks))
             found._keep()
@@ -106,9 +107,9 @@ class Pricing:
 
     def costs(self) -> Costs:
         """Return the milliseconds as costs of what is cut."""
-        return timed(self.groups.groups, self._shapes(self.model), self.table)
+        return self.structure.timed(self._shapes(self.model), self.table)
 
-    def settled(self, propose: Callable[[Costs], Removed]) -> Removed:
+    def settled(self, propose: Callable[[Costs], dict[str, list[int]]]) -> dict[str, list[int]]:
         """Return what is proposed once what is foretold of it holds.
 
         The best of many cuts is the one of which too much is foretold, more often than not. So it is timed, which the
@@ -117,7 +118,7 @@ class Pricing:
         for _ in range(_PROPOSALS):
             costs = self.costs()
             removed = propose(costs)
-            network = channel_cuts.cut(self.model, removed)
+            network = self.structure.cut(self.model, removed)
             if all(self.table.knows(shape.family, *shape.amounts({})) for shape in self._shapes(network)):
                 break
             whole, other = self._time([self.model, network])
@@ -128,11 +129,11 @@ class Pricing:
         return removed
 
     def _shapes(self, network: ir.Model) -> tuple[Shape, ...]:
-        return shapes(network, self.feed, axes_of(self.groups))
+        return shapes(network, self.feed, self.structure.axes)
 
     def _time(self, networks: Sequence[ir.Model]) -> list[Timed]:
         return time_networks(
-            networks, self.feed, axes=axes_of(self.groups), run_as=self.run.make, threads=self.this.threads,
+            networks, self.feed, axes=self.structure.axes, run_as=self.run.make, threads=self.this.threads,
             seconds=_SECONDS * len(networks), progress=self.this.progress,
         )  # fmt: skip
 
@@ -142,18 +143,13 @@ class Pricing:
                 self.table = tables.remember(kept, self.table)
 
 
-def axes_of(groups: ChannelGroups) -> dict[str, int]:
-    """Return along which axis each tensor that has units of some group is cut."""
-    return {member.tensor: member.axis for group in groups for member in group.members if not member.node}
-
-
 def _kept(this: Job, run: Delivery) -> AbstractContextManager[Memory]:
     """Return where the shapes that were timed on this machine, and run so, are kept."""
     parts = {"precision": run.precision, "backend": this.backend.name, **memory.of_machine(this.threads)}
     return closing(Memory(memory.context("layers", **parts)))
 
 
-def variants(groups: ChannelGroups, steps: Mapping[str, int], count: int, seed: int) -> list[Removed]:
+def variants(groups: ChannelGroups, steps: Mapping[str, int], count: int, seed: int) -> list[dict[str, list[int]]]:
     """Return `count` random cuts, the first of nothing; every group has each of its sizes about equally often."""
     rng = np.random.default_rng(seed)
     sizes = {group.name: _sizes(group, steps.get(group.name, 1)) for group in groups}
@@ -161,9 +157,9 @@ def variants(groups: ChannelGroups, steps: Mapping[str, int], count: int, seed: 
         name: rng.permutation([left[i * len(left) // (count - 1)] for i in range(count - 1)])
         for name, left in sizes.items()
     }
-    cuts: list[Removed] = [{}]
+    cuts: list[dict[str, list[int]]] = [{}]
     for i in range(count - 1):
-        cuts.append(groups.feasible({group.name: range(int(drawn[group.name][i]), group.units) for group in groups}))
+        cuts.append(groups.feasible({g.name: range(int(drawn[g.name][i]), g.units) for g in groups}))
     return cuts
 
 

@@ -25,7 +25,6 @@ from .. import pipeline, trials
 from ..candidates import Candidate
 from ..proof import Prover
 from ..types import Pruning
-from .costs import counted
 from .cutting import Cutting, Made
 from .latencies import Pricing, delivery
 from .race import Chosen, Race
@@ -65,7 +64,7 @@ def _nothing(cutting: Cutting) -> Chosen | None:
     """Return why nothing can be cut; None where something can."""
     if cutting.rankings:
         return None
-    if not cutting.groups.groups:
+    if not cutting.structure:
         return Chosen(None, "no channel of the model can be cut")
     return Chosen(None, "nothing could be repaired behind a cut")
 
@@ -74,7 +73,7 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
     if request.kind == "latency" or not (request.saved or this.options.goal == "size"):
         return _by_latency(this, cutting, baseline, work, request)
     kind = request.kind if request.saved else "params"
-    costs = counted(cutting.model, cutting.groups.groups, kind)
+    costs = cutting.structure.counted(cutting.model, kind)
     if not costs.of({}):
         why = "how many MACs the layers have is not known (shapes are dynamic): --prune params:30% counts weights"
         return Chosen(None, why)
@@ -98,7 +97,7 @@ def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, re
         why = f"nothing can be shown to pay where nothing is measured ({this.not_measured}); --prune 30% is obeyed"
         return Chosen(None, why)
     run = delivery(this)
-    prices = Pricing.of(this, cutting.model, cutting.groups, cutting.steps, run)
+    prices = Pricing.of(this, cutting.model, cutting.structure, cutting.steps, run)
     race = Race(this, cutting, prices, baseline, work)
     if request.saved:
         found = race.part(request.saved[0])
