@@ -62,6 +62,10 @@ class Costs:
         layer = self.layers[name]
         return layer.of([axis.left(removed) for axis in layer.axes])
 
+    def adding(self, more: Mapping[str, LayerCost]) -> Costs:
+        """Return these costs and those of others."""
+        return replace(self, layers={**self.layers, **more})
+
     def also(self, switches: Mapping[str, Sequence[Axis]]) -> Costs:
         """Return these costs where layers, by name, cost nothing any more once such an axis is gone."""
         found = dict(self.layers)
@@ -69,6 +73,11 @@ class Costs:
             if name in found:
                 found[name] = _switched(found[name], tuple(axes))
         return replace(self, layers=found)
+
+
+def once_gone(name: str, cost: float) -> LayerCost:
+    """Return what costs so much once a branch is gone, and nothing before."""
+    return LayerCost((Axis(1, {name: np.zeros(1, np.intp)}),), lambda left: cost * (1 - left[0]))
 
 
 def _switched(layer: LayerCost, switches: tuple[Axis, ...]) -> LayerCost:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from ..latency.table import LatencyTable, Timed
 from ..memory import Memory
 from ..quantization.quantizer import Quantizer
 from ..types import Range
+from . import costs
 from .costs import Costs
 from .structure import Structure
 
@@ -76,7 +77,8 @@ def _ranges(model: ir.Model) -> dict[str, Range]:
 class Pricing:
     """The milliseconds of a model's nodes by what is cut of it, on one input, as `run` delivers it.
 
-    `table` grows: what an allocation proposes is timed itself before it is believed (`settled`).
+    `table` grows: what an allocation proposes is timed itself before it is believed (`settled`). `left_behind`: what is
+    there only once a branch is gone, by its name; `timed`: the proposals so far.
     """
 
     this: Job
@@ -85,6 +87,8 @@ class Pricing:
     feed: Mapping[str, np.ndarray]
     run: Delivery
     table: LatencyTable
+    left_behind: dict[str, float] = field(default_factory=dict)
+    timed: list[dict[str, list[int]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, this: Job, model: ir.Model, structure: Structure, steps: Mapping[str, int], run: Delivery) -> Pricing:
@@ -107,7 +111,8 @@ class Pricing:
 
     def costs(self) -> Costs:
         """Return the milliseconds as costs of what is cut."""
-        return self.structure.timed(self._shapes(self.model), self.table)
+        found = self.structure.timed(self._shapes(self.model), self.table)
+        return found.adding({name: costs.once_gone(name, ms) for name, ms in self.left_behind.items()})
 
     def settled(self, propose: Callable[[Costs], dict[str, list[int]]]) -> dict[str, list[int]]:
         """Return what is proposed once what is foretold of it holds.
@@ -116,17 +121,28 @@ class Pricing:
         next proposal knows of, until proposal and table agree.
         """
         for _ in range(_PROPOSALS):
-            costs = self.costs()
-            removed = propose(costs)
+            priced = self.costs()
+            removed = propose(priced)
             network = self.structure.cut(self.model, removed)
-            if all(self.table.knows(shape.family, *shape.amounts({})) for shape in self._shapes(network)):
+            found = self._shapes(network)
+            if removed in self.timed and all(self.table.knows(s.family, *s.amounts({})) for s in found):
                 break
             whole, other = self._time([self.model, network])
-            self.table = self.table.learned(whole, costs.of({}), other)
+            self.timed.append(removed)
+            self.table = self.table.learned(whole, priced.of({}), other)
             self._keep()
-            if abs(costs.of(removed) / self.costs().of(removed) - 1) <= _AGREED:
+            real = self.table.call_ms + sum(self.table.ms(s.family, *s.amounts({})) or 0.0 for s in found)
+            if abs(priced.of(removed) / real - 1) <= _AGREED:
                 break
+            self._learn_what_is_left_behind(removed, real)
         return removed
+
+    def _learn_what_is_left_behind(self, removed: Mapping[str, Sequence[int]], real: float) -> None:
+        """Put what a cut network takes beyond its nodes as they were on its branches: constants are added there."""
+        _, chosen = self.structure.split(removed)
+        beyond = real - self.costs().of(removed)
+        for branch in chosen:
+            self.left_behind[branch.name] = max(self.left_behind.get(branch.name, 0.0) + beyond / len(chosen), 0.0)
 
     def _shapes(self, network: ir.Model) -> tuple[Shape, ...]:
         return shapes(network, self.feed, self.structure.axes)

@@ -31,8 +31,8 @@ _FIRST, _MOST, _CUTS = 0.2, 0.7, 4
 _CLOSE = 0.04
 #: A speed-up that is asked for is aimed at a little too high, and met well enough within this.
 _AIM, _ENOUGH = 1.005, 1.03
-#: A cut that is foretold to save less than this of what was aimed at is all that there is to cut.
-_ALL = 0.97
+#: Where the next cut would be the same one, the aim goes further by this.
+_FURTHER = 1.02
 #: So much faster than a stated latency needs: milliseconds drift with the machine, and are measured once more.
 _MARGIN = 1.04
 
@@ -110,18 +110,23 @@ class Race:
         whole, rows = self._delivered(self.baseline), list[PruneTrial]()
         reaching: list[tuple[float, Made]] = []
         short: list[tuple[float, Made]] = []
-        aim = wanted
+        aim, before, further = wanted, dict[str, list[int]](), _FURTHER
         while len(self.made) < _CUTS and not (rows and self._out_of_time()):
-            one = self._cut(1 - 1 / aim)
+            removed = self._proposed(1 - 1 / aim)
+            while removed == before and 1 < aim < 1 / (1 - _MOST):
+                aim *= further
+                removed = self._proposed(1 - 1 / aim)
+            one = "it was tried" if removed == before else self._cut(1 - 1 / aim, removed)
             if isinstance(one, str):
                 break
             measured = trials.measure(self.this, [whole, self._delivered(one.candidate)], seconds=trials.BRIEF)
             speed = measured[one.candidate.name].speedup or 1.0
             rows.append(self._row(one, speed, None, "fast enough" if speed >= wanted else "not fast enough"))
             (reaching if speed >= wanted else short).append((speed, one))
-            if wanted <= speed <= _ENOUGH * wanted or (rows[-1].predicted_speedup or aim) < _ALL * aim:
+            if wanted <= speed <= _ENOUGH * wanted:
                 break
-            aim = min(aim * _AIM * wanted / speed, 1 / (1 - _MOST))
+            before, further = removed, _FURTHER if speed < wanted else 1 / _FURTHER
+            aim *= _AIM * wanted / speed
         if not reaching and not short:
             return Chosen(None, "no cut is foretold to save time here, and nothing was pruned")
         if reaching:
@@ -132,13 +137,16 @@ class Race:
 
     # ---------------------------------------------------------------------------------------- one cut
 
-    def _cut(self, part: float) -> Made | str:
+    def _cut(self, part: float, removed: dict[str, list[int]] | None = None) -> Made | str:
         """Return a cut that is foretold to save the part, or what can be saved, of the time; or why there is none."""
-        removed = self.prices.settled(lambda costs: self.cutting.proposed(costs, part))
+        removed = self._proposed(part) if removed is None else removed
         made = self.cutting.made(removed, self.work, f"pruned {100 * part:.3g}% of the time")
         if not isinstance(made, str):
             self.made.append(made)
         return made
+
+    def _proposed(self, part: float) -> dict[str, list[int]]:
+        return self.prices.settled(lambda costs: self.cutting.proposed(costs, part))
 
     def _delivered(self, one: Candidate) -> Candidate:
         """Return a float candidate as it will run, under its own name; its quality is that of its floats."""
