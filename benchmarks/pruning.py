@@ -22,7 +22,7 @@ from edgec.compiler.pruning import allocation, importance
 from edgec.compiler.pruning.pruned import steps_of
 from edgec.compiler.pruning.repair import repaired
 from edgec.compiler.types import silent
-from edgec.passes import channel_cuts, pruning
+from edgec.passes import channel_cuts
 from edgec.passes.cut_moves import JoinMoves
 from int8 import CASES, Case, _part
 
@@ -59,7 +59,7 @@ def run(case: Case, data: Path, place: Path, criteria: list[str], saved: list[fl
             removed = groups.feasible(allocation.allocate(costs, rankings, part, steps))
             models = {
                 "cut": channel_cuts.cut(model, removed),
-                "repaired": repaired(model, removed, feeds, pruning.RIDGE, threads=threads),
+                "repaired": repaired(model, removed, feeds, threads=threads),
             }
             seconds = ranked + time.perf_counter() - start
             with TemporaryDirectory() as folder:
