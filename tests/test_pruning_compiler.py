@@ -10,7 +10,7 @@ import zoo
 from edgec.backends.ort import Session
 from edgec.compiler import layers, pipeline
 from edgec.compiler import model as model_io
-from edgec.compiler.pruning import allocation, importance, repair
+from edgec.compiler.pruning import allocation, images, importance, repair, swaps
 from edgec.passes import channel_cuts, pruning
 from edgec.passes.cut_moves import JoinMoves
 from hypothesis import given, settings
@@ -278,6 +278,45 @@ def test_beta_of_a_gemm_goes_into_its_bias():
         repair.shift_bias(model.graph, node, np.array([1.0, -1.0]), repair.Names.of(model))
         (found,) = outputs(model, [{"x": np.ones((1, 3), np.float32)}])
         np.testing.assert_allclose(found["y"], [[2 * beta + 1, 4 * beta - 1]], rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- exchanges
+
+
+@pytest.mark.parametrize("name", ["resnet-b", "shufflenet-v2"])
+def test_of_the_exchanges_the_one_stands_whose_outputs_err_least(name):
+    model, groups = animal(name)
+    rankings, data = rankings_of(name), feeds(model, batches=1)
+    removed = groups.feasible({n: list(ranking.order[: len(ranking.order) // 2]) for n, ranking in rankings.items()})
+    chosen = swaps.swapped(model, groups, removed, rankings, data, tries=4, threads=1)
+    first = next(g.name for g in groups if removed.get(g.name) and len(g.consumers) > 1)
+    tried = [removed, *swaps._exchanges(groups, removed, first, rankings[first].order, 4)]
+    assert len(tried) > 2 and chosen in tried
+    for other in tried:
+        assert {n: len(units) for n, units in other.items()} == {n: len(units) for n, units in removed.items()}
+        assert {n for n in removed if set(other[n]) != set(removed[n])} <= {first}
+    errors = [error(model, repair.repaired(model, one, data, threads=1), data) for one in tried]
+    assert errors[tried.index(chosen)] == pytest.approx(min(errors), rel=1e-3)
+
+
+def test_the_closest_calls_are_tried_first():
+    _, groups = animal("resnet-b")
+    group = max(groups, key=lambda group: group.units)
+    order = list(np.random.default_rng(0).permutation(group.units))
+    found = swaps._exchanges(groups, {group.name: order[:3]}, group.name, order, 3)
+    assert [set(one[group.name]) for one in found] == [
+        {order[0], order[1], order[3]},
+        {order[0], order[1], order[4]},
+        {order[0], order[2], order[3]},
+    ]
+
+
+def test_nothing_is_exchanged_where_nothing_is_cut_or_the_network_is_large(monkeypatch):
+    model, groups = animal("resnet-b")
+    assert swaps.swapped(model, groups, {}, rankings_of("resnet-b"), feeds(model), threads=1) == {}
+    monkeypatch.setattr(images, "LARGE", 10)
+    removed = random_cut(groups, seed=1, least=1, most=0.6)
+    assert swaps.swapped(model, groups, removed, rankings_of("resnet-b"), feeds(model), threads=1) is removed
 
 
 # ------------------------------------------------------------------------------------------- ranking

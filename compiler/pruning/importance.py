@@ -89,7 +89,7 @@ def rank(
     """
     stream, rng = Stream(model, feeds, threads), np.random.default_rng(seed)
     large = sum(layers.macs(node) or 0 for node in model.graph if is_layer(node)) > LARGE
-    probe = _Probe(model, _spread(feeds, _LARGE_IMAGES if large else _PROBE_IMAGES), threads)
+    probe = Probe(model, _spread(feeds, _LARGE_IMAGES if large else _PROBE_IMAGES), threads)
     probes = probes or (_LARGE_PROBED if large else PROBED)
     left = {group.name: set(group.consumers) for group in groups}
     readers: dict[str, list[_Reader]] = {group.name: [] for group in groups}
@@ -162,7 +162,7 @@ def _ranked(
     criterion: str,
     scales: Mapping[str, np.ndarray],
     ridge: float,
-    probe: _Probe,
+    probe: Probe,
     probes: Sequence[float],
 ) -> Ranking:
     each = [_weighed(reader) for reader in readers]
@@ -240,7 +240,7 @@ def axes_of(node: ir.Node) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------- the outputs' error
 
 
-class _Probe:
+class Probe:
     """The float model on a few images, and what comes out when the readers of one group have lost some units."""
 
     def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], threads: int) -> None:
@@ -249,7 +249,7 @@ class _Probe:
         self._expected = self._run(model)
 
     def error(self, readers: Sequence[_Reader], removed: Sequence[int], ridge: float) -> float:
-        """Return the error energy of the worst output over its signal's."""
+        """Return the error of the worst output without some units of a group, its readers refitted."""
         twin = model_io.copy(self._model)
         nodes, names = {node.name: node for node in twin.graph}, Names.of(twin)
         for reader in readers:
@@ -264,7 +264,11 @@ class _Probe:
             if reader.layout.biased:
                 lost = (reader.weight - fitted) @ reader.mean
                 shift_bias(twin.graph, nodes[reader.node.name], lost, names)
-        found = self._run(twin)
+        return self.of(twin)
+
+    def of(self, model: ir.Model) -> float:
+        """Return the error energy of a model's worst output over its signal's."""
+        found = self._run(model)
         sums = {
             name: [
                 sum(float(np.square(d, dtype=np.float64).sum()) for d in each) for each in (y, _less(y, found[name]))
