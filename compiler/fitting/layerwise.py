@@ -31,7 +31,7 @@ from .targets import Wanted, add_along, wanted
 
 #: Rows are kept of a layer, to forgive what a Relu behind it takes away, where a round takes so many multiply-adds at
 #: most: the widest layers of a ResNet-50 would add minutes, and most of a gigabyte.
-FORGIVEN_WORK, _LEAST_OUTPUTS = 1e10, 256
+FORGIVEN_WORK, _LEAST_OUTPUTS = 5e9, 256
 #: Rows of a layer's Gram matrix: so many, or so many times its inputs if that is more, if the images have them.
 ROWS, ROWS_PER_INPUT = 16384, 8
 
