@@ -145,8 +145,8 @@ def main() -> None:
 )
 @click.option(
     "--prune",
-    metavar="auto|30%|params:50%",
-    help="Cut channels, and repair what is left on the images of --calib: a part of the MACs, or of the parameters.",
+    metavar="auto|30%|params:50%|latency:20%",
+    help="Cut channels, and repair what is left on the images of --calib: a part of the MACs, parameters or latency.",
 )
 @click.option(
     "--for",

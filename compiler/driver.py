@@ -6,12 +6,15 @@ between compiles but the content-keyed caches.
 
 from __future__ import annotations
 
+import functools
+import math
 import platform
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..passes.quant_params import needed_opset
@@ -22,7 +25,7 @@ from .closing import State
 from .errors import BudgetError
 from .explanation.explain import annotate, explain
 from .job import Job
-from .options import Options
+from .options import Options, Prune
 from .proof import Prover
 from .report import text
 from .types import (
@@ -30,10 +33,16 @@ from .types import (
     Layer,
     PassRecord,
     Progress,
+    QuantScheme,
     Refusal,
     Report,
     silent,
 )
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from .pruning.pruned import Pruned
 
 
 def compile(model: Path, out: Path, options: Options, progress: Progress = silent) -> Report:
@@ -62,24 +71,9 @@ def _compile(
     opset = None if scheme is None else needed_opset(scheme)
     float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
     baseline = save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
-    base, cut = baseline, None
-    if options.prune is not None:
-        from .pruning.pruned import prune  # scipy: heavy
-
-        cut = prune(this, float_model, baseline, work, options.prune)
-        base, prover = cut.base, prover if cut.base is baseline else Prover(cut.base.model, verify=options.verify)
-    found = lossy(this, base.model, scheme, prover, base.path)
-    this = found.this or this
-    first = (baseline, *(cut.tried if cut is not None else ()), *found.candidates)
-    tried = State(first, trials.measure(this, first), trials.judge(this, first), base.name)
-    state = closing.close(this, found, tried, work)
-    attempts = guard.choose(
-        [state.attempt(c) for c in state.candidates],
-        options.budget,
-        named=_named(options),
-        unasked=_whole(options, base is not baseline),
-    )
-    chosen, attempt = next((c, a) for c, a in zip(state.candidates, attempts, strict=True) if a.chosen)
+    tried = _tried(this, float_model, baseline, scheme, prover)
+    base, found, cut, state = tried.base, tried.found, tried.cut, tried.state
+    this, attempts, chosen, attempt = tried.this, tried.attempts, tried.chosen, tried.attempt
     records += _passes(base, found, chosen)
     refusals = (*(r for record in records for r in record.refusals), *found.refusals)
     report = Report(
@@ -117,15 +111,112 @@ def _compile(
     return report, _broken(attempt, options)
 
 
-def _named(options: Options) -> str | None:
+@dataclass(frozen=True, eq=False)
+class _Explored:
+    """What was tried on the float model as it is, or as it was cut, and which of that is handed over."""
+
+    this: Job
+    base: Candidate
+    found: Lossy
+    state: State
+    attempts: tuple[Attempt, ...]
+    chosen: Candidate
+    attempt: Attempt
+    cut: Pruned | None = None
+
+
+def _explored(
+    this: Job,
+    model: ir.Model,
+    baseline: Candidate,
+    scheme: QuantScheme | None,
+    prover: Prover,
+    request: Prune | None,
+    before: _Explored | None = None,
+) -> _Explored:
+    """Prune if that is asked for, quantize, measure, judge and choose; where nothing is cut, `before` stands."""
+    options, base, cut = this.options, baseline, None
+    if request is not None:
+        from .pruning.pruned import prune  # scipy: heavy
+
+        cut = prune(this, model, baseline, baseline.path.parent, request)
+        base, prover = cut.base, prover if cut.base is baseline else Prover(cut.base.model, verify=options.verify)
+        if before is not None and base is baseline:
+            return replace(before, cut=cut)
+    found = lossy(this, base.model, scheme, prover, base.path)
+    this = found.this or this
+    first = (baseline, *(cut.tried if cut is not None else ()), *found.candidates)
+    tried = State(first, trials.measure(this, first), trials.judge(this, first), base.name)
+    state = closing.close(this, found, tried, baseline.path.parent)
+    attempts = guard.choose(
+        [state.attempt(c) for c in state.candidates],
+        options.budget,
+        named=_named(options, request),
+        unasked=_whole(options, request, base is not baseline),
+    )
+    chosen, attempt = next((c, a) for c, a in zip(state.candidates, attempts, strict=True) if a.chosen)
+    return _Explored(this, base, found, state, attempts, chosen, attempt, cut)
+
+
+def _tried(this: Job, model: ir.Model, baseline: Candidate, scheme: QuantScheme | None, prover: Prover) -> _Explored:
+    """Return the cut network if a cut was asked for, or is shown to pay; else the whole one."""
+    explored = functools.partial(_explored, this, model, baseline, scheme, prover)
+    options = this.options
+    if options.prune is not None and (options.prune.saved or options.goal == "size"):
+        return explored(options.prune)
+    whole = explored(None)
+    if options.prune is None and not _too_slow(this, whole.attempt):
+        return whole
+    return _better(whole, explored(options.prune or Prune("auto"), whole))
+
+
+def _too_slow(this: Job, attempt: Attempt) -> bool:
+    """Say whether a stated latency is missed by all that was tried, and channels can be cut for it."""
+    limit, ms = this.options.budget.max_latency_ms, attempt.measurement.median_ms
+    return limit is not None and ms is not None and ms > limit and this.images is not None
+
+
+def _better(whole: _Explored, cut: _Explored) -> _Explored:
+    """Return what was cut if it holds a stated latency, or comes nearer; or, without one, is shown to be faster."""
+    if cut.cut is None or not cut.cut.pruning.kept:
+        return cut
+    why = _late(whole, cut) if whole.this.options.budget.max_latency_ms is not None else _no_faster(whole, cut)
+    if why is None:
+        return cut
+    return replace(whole, cut=replace(cut.cut, pruning=replace(cut.cut.pruning, kept=False, why=why)))
+
+
+def _late(whole: _Explored, cut: _Explored) -> str | None:
+    """Return why what was cut for a stated latency is not handed over."""
+    budget = cut.this.options.budget
+    inside = guard.broken(cut.attempt, replace(budget, max_latency_ms=None)) is None
+    before, after = (one.attempt.measurement.median_ms or math.inf for one in (whole, cut))
+    if guard.broken(cut.attempt, budget) is None or (inside and after < before):
+        return None
+    tried = [a for a in cut.attempts[1:] if a.measurement.median_ms is not None] or [cut.attempt]
+    best = min(tried, key=lambda a: a.measurement.median_ms or math.inf)
+    return f"cut for the stated latency, but {best.name} of the cut network {best.verdict}; nothing was pruned"
+
+
+def _no_faster(whole: _Explored, cut: _Explored) -> str | None:
+    """Return why the best of the cut network is not handed over: the best of the whole one is as fast."""
+    both = [replace(one.chosen, name=name) for name, one in (("whole", whole), ("cut", cut))]
+    found = trials.measure(cut.this, both, seconds=trials.SECONDS)["cut"]
+    if found.speedup_low is None or found.speedup_low > guard.MARGIN:
+        return None
+    speed = text.ratio(found.speedup)
+    return f"pruning does not pay here: the best of the cut network is {speed} as fast as that of the whole one"
+
+
+def _named(options: Options, request: Prune | None) -> str | None:
     """Return the precision that is kept to; where cuts are tried out in floats, the fastest is looked for."""
-    tried = options.prune is not None and not options.prune.saved
+    tried = request is not None and not request.saved
     return None if options.precision == "auto" or (tried and options.precision == "fp32") else options.precision
 
 
-def _whole(options: Options, pruned: bool) -> int:
+def _whole(options: Options, request: Prune | None, pruned: bool) -> int:
     """Return how many of the first attempts are whole where something smaller was asked for, and made."""
-    asked = options.prune is not None and (bool(options.prune.saved) or options.goal == "size")
+    asked = request is not None and (bool(request.saved) or options.goal == "size")
     return int(pruned and asked)
 
 

@@ -48,7 +48,7 @@ def _choose(attempts: Sequence[Attempt], budget: Budget, named: str | None, cut:
     if named is None:
         problems = [p or (_unjudged(a) if i else None) for i, (p, a) in enumerate(zip(problems, attempts, strict=True))]
     enough = budget.max_latency_ms is not None
-    winner = _fastest(attempts, problems, enough) if named is None else _named(attempts, problems, named, budget)
+    winner = _fastest(attempts, problems, budget) if named is None else _named(attempts, problems, named, budget)
     return tuple(
         replace(a, chosen=i == winner, verdict=_verdict(attempts, i, winner, problems[i], named, cut, enough))
         for i, a in enumerate(attempts)
@@ -107,17 +107,25 @@ def _drop(attempt: Attempt) -> float:
     return math.inf if drop is None or math.isnan(drop) else drop
 
 
-def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None], enough: bool) -> int:
+def _nearest(attempts: Sequence[Attempt], budget: Budget) -> int:
+    """Return the best attempt where none is inside the budget: the fastest of those that only take too long."""
+    late = replace(budget, max_latency_ms=None)
+    among = [i for i, a in enumerate(attempts) if _problem(a, late) is None and a.measurement.median_ms is not None]
+    judged = [i for i in among if i == 0 or _unjudged(attempts[i]) is None]
+    return min(judged, key=lambda i: attempts[i].measurement.median_ms or math.inf, default=0)
+
+
+def _fastest(attempts: Sequence[Attempt], problems: Sequence[str | None], budget: Budget) -> int:
     inside = [i for i, a in enumerate(attempts) if problems[i] is None]
     if not inside:
-        return 0
+        return _nearest(attempts, budget)
     if attempts[0].measurement.median_ms is None:
         return _most_integers(attempts, [i for i in inside if i] or inside)
     faster = [i for i in inside if shown_faster(attempts[i])]  # a baseline is not faster than itself
     if not faster and 0 in inside:
         return 0
     among = faster or inside
-    if enough:
+    if budget.max_latency_ms is not None:
         return _closest(attempts, among)
     views = _views(attempts, among)
     return _closest(attempts, _both([[i for i in among if v[i] >= AS_FAST * max(v.values())] for v in views]))

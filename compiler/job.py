@@ -84,11 +84,11 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         )
     _check_judge(options)
     _check_degrade(options)
-    _check_prune(options)
     metric = load_metric(options.metric) if options.metric else None
     url = options.target or ("local" if here else None)
     backend = _backend(options, profile, url)
     target, why = _target(url, profile, backend)
+    _check_prune(options, why)
     specs = honest_specs(path, model)
     pre = images = judged = None
     if (options.calib or options.eval) and not specs:
@@ -138,11 +138,14 @@ def calibrated(this: Job, text: str) -> Job:
     return replace(this, images=images, conditions=several, options=replace(this.options, degrade=text))
 
 
-def _check_prune(options: Options) -> None:
-    """Raise UserError where there are no images to repair by."""
+def _check_prune(options: Options, not_measured: str | None) -> None:
+    """Raise UserError where there are no images to repair by, or latency is to be saved and not measured."""
     if options.prune is not None and options.calib is None:
         what = "what is left of the network is repaired on images, and there are none"
         raise UserError(what, where=f"--prune {options.prune.text}", fix="give --calib DIR, a hundred images or more")
+    if options.prune is not None and options.prune.kind == "latency" and not_measured is not None:
+        fix = "--prune 30% counts MACs, --prune params:30% parameters"
+        raise UserError(f"latency is not measured: {not_measured}", where=f"--prune {options.prune.text}", fix=fix)
 
 
 def _check_degrade(options: Options) -> None:

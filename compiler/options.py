@@ -15,6 +15,8 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "fp8", "int4", "w4a8")
 STEPS = ("smooth", "absorb", "equalize", "ranges", "bias-correction", "rounding", "mixed-precision")
 #: What cuts are made for: to be faster, or to be small, however fast that is.
 GOALS = ("latency", "size")
+#: What `--prune` can save a part of.
+SAVED = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}
@@ -24,7 +26,7 @@ _SIZE = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 @dataclass(frozen=True)
 class Prune:
-    """What `--prune` asks for: parts of the cost to save, "macs" or "params"; none of them for auto."""
+    """What `--prune` asks for: a part of the cost to save, "macs", "params" or "latency"; none for auto."""
 
     text: str
     kind: str = "macs"
@@ -84,21 +86,20 @@ def parse_steps(text: str) -> tuple[str, ...]:
 
 
 def parse_prune(text: str) -> Prune:
-    """Return "auto", "30%" (of the MACs), "macs:30%" or "params:50%". UserError otherwise."""
+    """Return "auto", "30%" (of the MACs), "macs:30%", "params:50%" or "latency:20%". UserError otherwise."""
     kind, colon, part = text.strip().partition(":")
     kind, part = (kind, part) if colon else ("macs", kind)
     if part == "auto" and not colon:
         return Prune("auto")
-    if kind not in ("macs", "params"):
-        fix = "write it like auto, 30%, macs:30% or params:50%"
+    if kind not in SAVED:
+        fix = "write it like auto, 30%, params:50% or latency:20%"
         raise UserError(f"{kind!r} is nothing that can be saved", where=f"--prune {text}", fix=fix)
-    percent = _number(part, {"%": 1.0}, "--prune", "auto, 30%, macs:30% or params:50%")
+    percent = _number(part, {"%": 1.0}, "--prune", "auto, 30%, params:50% or latency:20%")
     if not 0 < percent < 100:
         raise UserError(
             f"{part} is no part of a network", where=f"--prune {text}", fix="give more than 0% and less than 100%"
         )
-    what = "MACs" if kind == "macs" else "parameters"
-    return Prune(f"{percent:g}% of the {what}", kind, (percent / 100,))
+    return Prune(f"{percent:g}% of the {SAVED[kind]}", kind, (percent / 100,))
 
 
 def parse_bytes(text: str) -> int:

@@ -572,11 +572,28 @@ class PrunedLayer:
 
 
 @dataclass(frozen=True)
+class PruneTrial:
+    """One cut that was tried on the way: how much faster it was foretold and measured to be than the whole network.
+
+    Both are ratios in the precision that is delivered (`precision`), where both are quantized without any search;
+    None where no time was foretold or measured. `drop`: points that the cut network lost in float.
+    """
+
+    name: str
+    precision: str
+    predicted_speedup: float | None
+    measured_speedup: float | None
+    drop: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
 class Pruning:
     """What `--prune` came to: what was asked, what was kept and why.
 
     Where something was cut (`kept`), `candidate` is the row of the attempts that has its latency, and `unrepaired` and
-    `repaired` are the cut network beside the original on the images to judge by; None without such images.
+    `repaired` are the cut network beside the original on the images to judge by; None without such images. `tried` are
+    the cuts that were tried on the way, `notes` what else is to be said.
     """
 
     asked: str
@@ -591,6 +608,8 @@ class Pruning:
     parameters_after: int | None = None
     unrepaired: Fidelity | None = None
     repaired: Fidelity | None = None
+    tried: tuple[PruneTrial, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

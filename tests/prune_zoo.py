@@ -95,6 +95,17 @@ def resnet(shortcut: str, **options) -> ir.Model:
     return net.model((net.classify(x, 8), ("N", 3)))
 
 
+def bottleneck(**options) -> ir.Model:
+    """Narrow, convolve, widen (He et al. 2016), behind an identity and behind a projection."""
+    net = Net("N", 3, 8, 8, **options)
+    x = net.block("x", 3, 8, 3)
+    y = net.norm(net.conv(net.block(net.block(x, 8, 3), 3, 3, 3), 3, 8), 8)
+    x = net.op(f"Relu ({net.op(f'Add ({x}, {y})')})")
+    y = net.norm(net.conv(net.block(net.block(x, 8, 4), 4, 4, 3, stride=2), 4, 12), 12)
+    x = net.op(f"Relu ({net.op(f'Add ({y}, {net.norm(net.conv(x, 8, 12, stride=2), 12)})')})")
+    return net.model((net.classify(x, 12), ("N", 3)))
+
+
 def densenet() -> ir.Model:
     """Normalise, then convolve; everything before is read again (Huang et al. 2017)."""
     net = Net("N", 3, 8, 8)

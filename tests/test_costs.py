@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from edgec.backends import ort as ort_backend
 from edgec.compiler import model as model_io
+from edgec.compiler.latency.kernel_times import Kernel, profile, undisturbed
 from edgec.compiler.mixed_precision.costs import Costs, Sample, by_link, fit, measure, mixed
-from edgec.compiler.mixed_precision.kernel_times import Kernel, profile, undisturbed
 from edgec.compiler.mixed_precision.units import wire
 from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.passes.placement import place

@@ -4,8 +4,8 @@ import sqlite3
 from importlib import metadata
 
 import pytest
-from edgec.compiler.mixed_precision import memory
-from edgec.compiler.mixed_precision.memory import Memory, context
+from edgec.compiler import memory
+from edgec.compiler.memory import Memory, context
 
 
 @pytest.fixture

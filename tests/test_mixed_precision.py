@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from edgec.backends import ort
+from edgec.compiler import memory
 from edgec.compiler import model as model_io
-from edgec.compiler.mixed_precision import contributions, costs, memory, sampling
+from edgec.compiler.mixed_precision import contributions, costs, sampling
 from edgec.compiler.mixed_precision import weighing as mixed_precision
 from edgec.compiler.mixed_precision.mixed import FLOAT, INTEGER, NARROW
 from edgec.compiler.mixed_precision.weighing import LEAST_INTEGER, Narrow, explore, unit_bytes, weigh

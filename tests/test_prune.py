@@ -18,7 +18,10 @@ from conftest import document
 from edgec.compiler import api, guard, layers, trials
 from edgec.compiler import model as model_io
 from edgec.compiler.errors import BudgetError, UserError
+from edgec.compiler.latency.shapes import shapes
+from edgec.compiler.latency.table import Timed
 from edgec.compiler.options import Prune, parse_prune
+from edgec.compiler.pruning import latencies
 from edgec.compiler.report import html, serial, tables, terminal, text
 from edgec.compiler.types import Budget, Measurement, PrunedLayer
 from equivalence import sample, session
@@ -103,6 +106,7 @@ def cut(place):
         ("30%", Prune("30% of the MACs", "macs", (0.3,))),
         ("macs:12.5%", Prune("12.5% of the MACs", "macs", (0.125,))),
         (" params:50% ", Prune("50% of the parameters", "params", (0.5,))),
+        ("latency:20%", Prune("20% of the latency", "latency", (0.2,))),
     ],
 )
 def test_what_can_be_asked(given, asked):
@@ -257,12 +261,29 @@ def timing(speeds):
     return measure
 
 
-def test_auto_prunes_nothing_where_no_cut_is_shown_to_be_faster(place, tmp_path, monkeypatch):
+@pytest.fixture
+def by_shape(monkeypatch):
+    """Stand in for the stop-watch of layers: a node takes what it reads times what it writes."""
+
+    def timed(models, feed, axes, **_):
+        found = []
+        for model in models:
+            rows = [(s.family, *s.amounts({}), 1e-3 * np.prod(s.amounts({})), 1) for s in shapes(model, feed, axes)]
+            found.append(Timed(rows, sum(row[3] for row in rows)))
+        return found
+
+    monkeypatch.setattr(latencies, "time_networks", timed)
+
+
+def test_auto_prunes_nothing_where_no_cut_is_shown_to_be_faster(place, tmp_path, monkeypatch, by_shape):
     monkeypatch.setattr(trials, "measure", timing({"pruned": 0.9}))
     report = compiled(place, tmp_path / "out", prune="auto", device="local")
     p = report.pruning
     assert not p.kept and p.candidate is None and p.layers == ()
-    assert p.why.startswith("pruning does not pay here, and nothing was pruned (pruned 15%: 0.90x, not shown")
+    assert p.why.startswith("pruning does not pay here, and nothing was pruned (pruned 20% of the time: 0.90x,")
+    assert [t.measured_speedup for t in p.tried] == [0.9] * len(p.tried) and all(
+        t.predicted_speedup > 1 for t in p.tried
+    )
     assert [a.name for a in report.attempts] == ["fp32"], "a later measurement cannot turn to what was turned down"
     whole, kept = (model_io.parameters(model_io.load(f / "model.onnx")) for f in (place, tmp_path / "out"))
     assert kept == whole - 6 * 16 + 16 * 2 - 2 * 16  # BatchNormalization folded: 8 x 16 numbers become 2 biases
@@ -271,14 +292,69 @@ def test_auto_prunes_nothing_where_no_cut_is_shown_to_be_faster(place, tmp_path,
         assert "pruning does not pay here" in " ".join(shown.split())
 
 
-def test_auto_keeps_the_fastest_cut_that_holds_the_budget(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(trials, "measure", timing({"pruned 15%": 1.2, "pruned 30%": 1.5, "pruned 45%": 1.1}))
+def test_auto_keeps_the_fastest_cut_that_holds_the_budget(place, tmp_path, monkeypatch, by_shape):
+    monkeypatch.setattr(trials, "measure", timing({"pruned 20%": 1.2, "pruned 40%": 1.5, "pruned": 1.1, "cut": 1.5}))
     report = compiled(place, tmp_path / "out", prune="auto", device="local", max_drop=20.0)
-    assert report.pruning.candidate == "pruned 30%" and text.is_pruned(report)
-    assert [a.name for a in report.attempts] == ["fp32", "pruned 30%"]
+    name = "pruned 40% of the time"
+    assert report.pruning.candidate == name and text.is_pruned(report)
+    assert [a.name for a in report.attempts] == ["fp32", name]
+    assert {t.name for t in report.pruning.tried if t.verdict.startswith("the fastest")} == {name}
+    assert any("timed shapes of layers" in note for note in report.pruning.notes)
+    for shown in (shown_at(report, 100), html.render(report)):
+        assert "Cuts that were tried" in shown and "timed shapes of layers" in " ".join(shown.split())
 
 
-def test_auto_does_not_take_a_fast_cut_that_loses_too_much(place, tmp_path, monkeypatch):
+def test_what_is_made_of_a_cut_must_beat_what_is_made_of_the_whole(place, tmp_path, monkeypatch, by_shape):
+    """The cut is faster than the whole network, but the best of each, raced at the end, are alike."""
+    monkeypatch.setattr(trials, "measure", timing({"pruned": 1.5, "cut": 1.01}))
+    report = compiled(place, tmp_path / "out", prune="auto", device="local", max_drop=20.0)
+    assert not report.pruning.kept and [a.name for a in report.attempts] == ["fp32"]
+    assert report.pruning.why.startswith("pruning does not pay here: the best of the cut network is 1.01x as fast")
+
+
+def test_a_part_of_the_latency_is_cut_until_it_is_measured_to_be_saved(place, tmp_path, monkeypatch, by_shape):
+    """What is foretold is too much, by a tenth: the next cut aims at what the last one missed."""
+
+    def slower(this, candidates, *, seconds=0.0):
+        found = {"original": Measurement("original", "local", 1.0)}
+        for i, one in enumerate(candidates):
+            speed = 1 / (0.1 + 0.9 * sum(x.macs for x in layers.describe(one.model)) / whole)
+            found[one.name] = Measurement(
+                one.name, "local", 1 / speed, **({"speedup": speed, "speedup_low": speed} if i else {})
+            )
+        return found
+
+    whole = 144 * 16 * (3 * 9 + 16 * 9) + 16 * 5
+    monkeypatch.setattr(trials, "measure", slower)
+    report = compiled(place, tmp_path / "out", prune="latency:30%", device="local")
+    p = report.pruning
+    assert p.kept and p.why == "cut as asked, by measured time" and p.asked == "30% of the latency"
+    chosen = next(a for a in report.attempts if a.chosen)
+    assert chosen.name == p.candidate and chosen.measurement.speedup >= 1 / 0.7
+    assert all(t.verdict in ("fast enough", "not fast enough") for t in p.tried)
+
+
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_a_stated_latency_is_cut_for_only_where_it_does_not_hold(place, tmp_path, monkeypatch, by_shape, asked):
+    monkeypatch.setattr(trials, "measure", timing({"pruned": 2.0}))
+    given = {"prune": asked, "device": "local", "max_drop": 50.0}
+    report = compiled(place, tmp_path / "as it is", max_latency_ms=1.0, **given)
+    assert asked is None and report.pruning is None or "holds 1 ms as it is" in report.pruning.why
+    assert [a.name for a in report.attempts] == ["fp32"]
+    report = compiled(place, tmp_path / "cut", max_latency_ms=0.6, **given)
+    assert report.pruning.kept and text.is_pruned(report)
+    assert report.pruning.why == "cut as asked, by measured time, for 0.6 ms in place of 1 ms"
+    with pytest.raises(BudgetError, match="takes 0.5 ms, more than 0.2 ms"):
+        compiled(place, tmp_path / "too slow", max_latency_ms=0.2, **given)
+
+
+def test_a_part_of_the_latency_needs_a_target(place, tmp_path):
+    with pytest.raises(UserError, match="latency is not measured") as caught:
+        compiled(place, tmp_path / "out", prune="latency:20%")
+    assert "--prune 30%" in caught.value.fix and not (tmp_path / "out").exists()
+
+
+def test_auto_does_not_take_a_fast_cut_that_loses_too_much(place, tmp_path, monkeypatch, by_shape):
     monkeypatch.setattr(trials, "measure", timing({"pruned": 3.0}))
     judge = trials.judge
 

@@ -10,7 +10,8 @@ import zoo
 from edgec.backends.ort import Session
 from edgec.compiler import layers, pipeline
 from edgec.compiler import model as model_io
-from edgec.compiler.pruning import allocation, images, importance, repair, swaps
+from edgec.compiler.pruning import allocation, importance, probe, repair, swaps
+from edgec.compiler.pruning import costs as pruning_costs
 from edgec.passes import channel_cuts, pruning
 from edgec.passes.cut_moves import JoinMoves
 from hypothesis import given, settings
@@ -237,7 +238,7 @@ def test_depthwise_and_flattened_channels():
         (5, 16),
     ]
     assert error(model, mended, data) < error(model, channel_cuts.cut(model, gone), data)
-    costs = allocation.costs(model, groups.groups, "macs")
+    costs = pruning_costs.counted(model, groups.groups, "macs")
     assert costs.of(gone) == pytest.approx(4 * 27 * 16 + 4 * 9 * 4 + 5 * 16)
 
 
@@ -314,7 +315,7 @@ def test_the_closest_calls_are_tried_first():
 def test_nothing_is_exchanged_where_nothing_is_cut_or_the_network_is_large(monkeypatch):
     model, groups = animal("resnet-b")
     assert swaps.swapped(model, groups, {}, rankings_of("resnet-b"), feeds(model), threads=1) == {}
-    monkeypatch.setattr(images, "LARGE", 10)
+    monkeypatch.setattr(probe, "LARGE", 10)
     removed = random_cut(groups, seed=1, least=1, most=0.6)
     assert swaps.swapped(model, groups, removed, rankings_of("resnet-b"), feeds(model), threads=1) is removed
 
@@ -392,7 +393,7 @@ def counted(model, kind):
 @given(st.sampled_from(ANIMALS), st.integers(0, 10_000), st.sampled_from(["macs", "params"]))
 def test_the_cost_is_that_of_the_cut_model(name, seed, kind):
     model, groups = animal(name)
-    gone, costs = random_cut(groups, seed), allocation.costs(model, groups.groups, kind)
+    gone, costs = random_cut(groups, seed), pruning_costs.counted(model, groups.groups, kind)
     found = counted(channel_cuts.cut(model, gone), kind)
     assert {layer: costs.of_layer(layer, gone) for layer in found} == pytest.approx(found, rel=1e-9)
     assert costs.of(gone) == pytest.approx(sum(found.values()), rel=1e-9)
@@ -404,7 +405,7 @@ def test_the_cost_is_that_of_the_cut_model(name, seed, kind):
 def test_the_part_asked_for_goes_and_little_more(name, saved, kind):
     model, groups = animal(name)
     rankings = rankings_of(name)
-    costs = allocation.costs(model, groups.groups, kind)
+    costs = pruning_costs.counted(model, groups.groups, kind)
     gone = allocation.allocate(costs, rankings, saved)
     budget = (1 - saved) * costs.of({})
     assert costs.of(gone) <= budget
@@ -423,7 +424,7 @@ def rankings_of(name):
 def test_units_go_in_steps_and_one_always_stays():
     model, groups = animal("yolo")
     rankings = rankings_of("yolo")
-    costs = allocation.costs(model, groups.groups, "macs")
+    costs = pruning_costs.counted(model, groups.groups, "macs")
     steps = {group.name: 4 for group in groups if group.units % 4 == 0}
     gone = allocation.allocate(costs, rankings, 0.3, steps)
     assert all(len(units) % 4 == 0 for name, units in gone.items() if name in steps)
@@ -434,6 +435,6 @@ def test_units_go_in_steps_and_one_always_stays():
 
 def test_what_is_already_small_enough_is_left_alone():
     model, groups = animal("resnet-b")
-    costs = allocation.costs(model, groups.groups, "macs")
+    costs = pruning_costs.counted(model, groups.groups, "macs")
     assert allocation.allocate(costs, rankings_of("resnet-b"), 0.0) == {}
     assert allocation.allocate(costs, {}, 0.5) == {}

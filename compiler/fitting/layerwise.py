@@ -16,7 +16,7 @@ the error that the skip branch carries, and errors do not pile up along it (targ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,6 +102,7 @@ def walk(
     follow_skips: bool = True,
     forgive: bool = False,
     held_out: Sequence[bool] | None = None,
+    skip: Collection[str] = (),
     seed: int = 0,
     threads: int = 0,
     progress: Progress = silent,
@@ -109,12 +110,15 @@ def walk(
     """Return a step for each linear layer that both models have, in topological order; neither model is changed.
 
     `quantized` was made from `original` by passes/quantize.py; or, with `floats`, it is a float model whose weights are
-    chosen all the same. `feeds` are batches of inputs. Without `choose` the
-    quantized model's own weights are measured. `correct=False` leaves biases alone, `follow_skips=False` the errors of
-    skip branches.
+    chosen all the same. `feeds` are batches of inputs; those of `held_out` are summed up apart as well. Without
+    `choose` the quantized model's own weights are measured. `correct=False` leaves biases alone, `follow_skips=False`
+    the errors of skip branches; with `forgive`, what a Relu takes away does not count. Layers named in `skip` are left
+    as they are, and out of the result.
     """
     twins = {node.name: node for node in quantized.graph}
-    layers = [(n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name))]
+    layers = [
+        (n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name)) and n.name not in skip
+    ]
     pair = _Pair(Stream(original, feeds, threads), Stream(quantized, feeds, threads), twins)
     options = _Options(choose, floats, correct, follow_skips, forgive, held_out, np.random.default_rng(seed))
     steps = []

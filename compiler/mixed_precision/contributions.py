@@ -43,7 +43,7 @@ from ..types import Progress, silent
 
 if TYPE_CHECKING:
     from ..fidelity import Batch
-    from .memory import Memory
+    from ..memory import Memory
     from .switchboard import Source, Switchboard
     from .units import Wiring
 

@@ -34,8 +34,9 @@ from scipy.optimize import nnls
 from ...backends.ort import Session
 from ...backends.targets import timing
 from .. import model as model_io
+from ..latency.attribution import longest_known
+from ..latency.kernel_times import Kernel, profile, undisturbed
 from ..types import Progress, silent
-from .kernel_times import Kernel, profile, undisturbed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -218,16 +219,10 @@ def by_link(kernels: Iterable[Kernel], model: ir.Model, wiring: Wiring) -> dict[
         anonymous = kernel.name == kernel.op or kernel.name.startswith(f"{kernel.op}_token_")
         names = [*kernel.outputs, *([] if anonymous else [kernel.name])]
         upstream = (home for name in kernel.inputs if (home := known.get(name) or wiring.link_of.get(name)))
-        home = next((homes[k] for k in map(functools.partial(_known, homes=homes), names) if k), next(upstream, ""))
+        home = next((homes[k] for k in (longest_known(name, homes) for name in names) if k), next(upstream, ""))
         for name in kernel.outputs:
             known[name] = home
         ms, count = found.get(home, (0.0, 0))
         found[home] = (ms + kernel.ms, count + 1)
     return found
 
-
-def _known(name: str, homes: Mapping[str, str]) -> str:
-    """Return the longest known name that `name` begins with and continues after _ or /; empty if there is none."""
-    while name and name not in homes:
-        name = name[: max(name.rfind("_"), name.rfind("/"), 0)]
-    return name

@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...passes.placement import Placement, place
+from .. import memory
 from .. import model as model_io
 from ..layers import LINEAR, macs
 from ..quantization.quantizer import Quantizer
 from ..types import Progress
-from . import contributions, costs, memory, mixed
+from . import contributions, costs, mixed
 from .sampling import Sample, choose
 from .switchboard import Switchboard
 from .tradeoff import LEAST_INTEGER, REACH, Point, Tradeoff

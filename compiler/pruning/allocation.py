@@ -1,83 +1,24 @@
 """How many units each group gives up: the least error for what is to be saved.
 
-    minimise    sum over groups g of e_g(r_g)       subject to      C(r) <= (1 - saved) C(0)
+    minimise    sum over groups g of e_g(r_g)       subject to      C(r) <= limit
 
-r_g units of group g are cut, in the order of its elimination; e_g is its error curve (importance.py). The cost of
-layer l is proportional to the elements of its weight that are left, which is a product over the weight's axes,
-
-    C(r) = sum over l of c_l prod over axes a of (elements left along a / elements along a)
-
-so what a cut saves depends on the others: a Conv between two groups that are halved costs a quarter. c_l is a layer's
-MACs or its parameters. The greedy walk is passes/pruning.py's.
+r_g units of group g are cut, in the order of its elimination; e_g is its error curve (importance.py), C what the
+network then costs (costs.py), in MACs, parameters or milliseconds. The greedy walk is passes/pruning.py's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
 from ...passes import pruning
-from ...passes.channel_cuts import ChannelGroup
-from .. import layers
+from .costs import Costs
 from .importance import Ranking
 
 #: How many steps at a time are tried to be given back: a curve may be level for a while.
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """One axis of a weight: which group's unit each index belongs to, by group name; -1 elsewhere; `size` indices."""
-
-    size: int
-    units: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class Costs:
-    """What each layer costs, and how its weight shrinks: `whole` (layer -> cost), `axes` (layer -> its cut axes)."""
-
-    whole: Mapping[str, float]
-    axes: Mapping[str, tuple[Axis, ...]]
-
-    def of(self, removed: Mapping[str, Collection[int]]) -> float:
-        """Return the cost of the network without these units."""
-        return sum(self.of_layer(name, removed) for name in self.whole)
-
-    def of_layer(self, name: str, removed: Mapping[str, Collection[int]]) -> float:
-        """Return the cost of one layer without these units."""
-        cost = self.whole[name]
-        for axis in self.axes.get(name, ()):
-            gone = sum(np.isin(units, list(removed.get(group, ()))).sum() for group, units in axis.units.items())
-            cost *= 1 - float(gone) / axis.size
-        return cost
-
-
-def costs(model: ir.Model, groups: Sequence[ChannelGroup], kind: str) -> Costs:
-    """Return what the layers of a model cost, in "macs" or "params". Layers of unknown shape cost nothing."""
-    axes: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    for group in groups:
-        for member in group.members:
-            if member.node:
-                axes.setdefault(f"{member.node}\0{member.tensor}", {}).setdefault(member.axis, {})[group.name] = (
-                    member.units
-                )
-    whole, shrinks = {}, {}
-    for node in model.graph:
-        if node.op_type not in layers.LINEAR or len(node.inputs) < 2 or node.inputs[1] is None:
-            continue
-        weight = node.inputs[1]
-        name = node.name or node.outputs[0].name or node.op_type
-        if weight.const_value is None:
-            continue
-        whole[name] = float(weight.const_value.size if kind == "params" else layers.macs(node) or 0)
-        found = axes.get(f"{name}\0{weight.name}", {})
-        shrinks[name] = tuple(Axis(len(next(iter(by.values()))), by) for by in found.values())
-    return Costs(whole, shrinks)
 
 
 def allocate(
@@ -87,25 +28,18 @@ def allocate(
 
     `steps`: group -> how many units go at a time, 1 if not named. At least one unit of each group stays.
     """
-    names, tables = list(rankings), _tables(costs, rankings)
+    names = list(rankings)
     curves = [ranking.curve for ranking in rankings.values()]
-    sizes, budget = [(steps or {}).get(name, 1) for name in names], (1 - saved) * costs.of({})
-
-    def cost(cuts: Sequence[int]) -> float:
-        taken = dict(zip(names, cuts, strict=True))
-        return math.fsum(
-            whole * math.prod(1 - sum(gone[taken[group]] for group, gone in axis.items()) for axis in tables[name])
-            for name, whole in costs.whole.items()
-        )
-
+    sizes, limit = [(steps or {}).get(name, 1) for name in names], (1 - saved) * costs.of({})
+    cost = _by_cuts(costs, rankings)
     cuts = pruning.allocate(
         curves,
         cost,
-        budget,
+        limit,
         steps=sizes,
         least=[0] * len(names),  # the curves end before the last unit
     )
-    cuts = _given_back(curves, cost, budget, sizes, cuts)
+    cuts = _given_back(curves, cost, limit, sizes, cuts)
     return {name: list(rankings[name].order[:count]) for name, count in zip(names, cuts, strict=True) if count}
 
 
@@ -131,16 +65,40 @@ def _given_back(
         _, cuts = max(fitting)
 
 
-def _tables(costs: Costs, rankings: Mapping[str, Ranking]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Return, by layer and axis, which part of the axis goes with the first 0, 1, 2, … units of each group's order."""
+def _by_cuts(costs: Costs, rankings: Mapping[str, Ranking]) -> Callable[[Sequence[int]], float]:
+    """Return the cost as a function of how many units each group loses, in its order; each layer is asked once.
 
-    def parts(axis: Axis, group: str) -> np.ndarray:
-        order = np.asarray(rankings[group].order, np.intp)
-        inside = axis.units[group][axis.units[group] >= 0]
-        counts = np.bincount(inside, minlength=int(order.max(initial=0)) + 1)
-        return np.concatenate([[0], np.cumsum(counts[order])]) / axis.size
+    A layer's cost changes with its own groups only, so it is kept by how many units these have lost.
+    """
+    place = {name: i for i, name in enumerate(rankings)}
+    layers = []
+    fixed = [costs.fixed]
+    for layer in costs.layers.values():
+        parts = [{place[g]: _parts(units, axis.size, rankings[g]) for g, units in axis.units.items() if g in place}
+                 for axis in layer.axes]  # fmt: skip
+        mine = sorted({group for axis in parts for group in axis})
+        if mine:
+            layers.append((layer, parts, mine, dict[tuple[int, ...], float]()))
+        else:
+            fixed.append(layer.of([1.0] * len(layer.axes)))
+    base = math.fsum(fixed)
 
-    return {
-        name: [{group: parts(axis, group) for group in axis.units if group in rankings} for axis in costs.axes[name]]
-        for name in costs.whole
-    }
+    def cost(cuts: Sequence[int]) -> float:
+        total = base
+        for layer, parts, mine, seen in layers:
+            key = tuple([cuts[group] for group in mine])
+            found = seen.get(key)
+            if found is None:
+                left = [1 - sum(gone[cuts[group]] for group, gone in axis.items()) for axis in parts]
+                found = seen[key] = layer.of([float(part) for part in left])
+            total += found
+        return total
+
+    return cost
+
+
+def _parts(units: np.ndarray, size: int, ranking: Ranking) -> np.ndarray:
+    """Return which part of an axis goes with the first 0, 1, 2, … units of a group's order."""
+    order = np.asarray(ranking.order, np.intp)
+    counts = np.bincount(units[units >= 0], minlength=int(order.max(initial=0)) + 1)
+    return np.concatenate([[0], np.cumsum(counts[order])]) / size

@@ -8,24 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from .. import layers
 from ..fitting.feeds import MEMORY, calibration_feeds
-from ..fitting.layerwise import is_layer
-from .importance import LARGE
+from .probe import is_large
 
 if TYPE_CHECKING:
     from ...calib.folder import Folder
 
-#: Bytes of tensors that a walk may hold here: a detector's 60 photographs instead of 44 are worth 0.2 dB. Networks of
-#: more MACs an image than LARGE have the usual: there each image takes seconds.
+#: Bytes of tensors that a walk may hold here: a detector's 60 photographs instead of 44 are worth 0.2 dB. Large
+#: networks (probe.py) have the usual: there each image takes seconds.
 SMALL_MEMORY = 1_000_000_000
 
 
 def repair_feeds(model: ir.Model, images: Folder, *, threads: int = 0) -> list[Mapping[str, np.ndarray]]:
     """Return as many images as a walk can hold, in batches."""
     return calibration_feeds(model, images, memory=MEMORY if is_large(model) else SMALL_MEMORY, threads=threads)
-
-
-def is_large(model: ir.Model) -> bool:
-    """Say whether one image takes more MACs than LARGE."""
-    return sum(layers.macs(node) or 0 for node in model.graph if is_layer(node)) > LARGE

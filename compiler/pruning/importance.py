@@ -19,30 +19,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
 
-from ...backends.ort import Session
 from ...passes import pruning
 from ...passes.channel_cuts import ChannelGroup, Member
 from ...passes.constants import Names, add_initializer
 from ...passes.weight_writer import takes_shift
-from .. import layers
 from .. import model as model_io
 from ..fitting import gram
 from ..fitting.layerwise import ROWS, ROWS_PER_INPUT, bias_of, is_layer
 from ..fitting.stream import Stream
 from ..types import Progress, silent
+from .probe import Probe, is_large
 from .repair import shift_bias
 
 #: The parts of a group that go when its outputs' error is measured.
 PROBED = (0.25, 0.5, 0.75)
-#: Images that it is measured on; of a network whose image takes more MACs than LARGE, fewer, and at one part alone.
-_PROBE_IMAGES, _LARGE_IMAGES = 128, 8
-LARGE, _LARGE_PROBED = 1_000_000_000, (0.5,)
+#: The same of a large network (probe.py).
+_LARGE_PROBED = (0.5,)
 #: Errors of a residual stream, which several layers read, stay where they are; those inside a block are made up for by
 #: the blocks behind it, to two fifths of what was measured before repair on ResNet-20.
 _LASTING = 3.0
@@ -88,9 +84,8 @@ def rank(
     its place. Groups that no such layer reads are left out: nothing could be repaired.
     """
     stream, rng = Stream(model, feeds, threads), np.random.default_rng(seed)
-    large = sum(layers.macs(node) or 0 for node in model.graph if is_layer(node)) > LARGE
-    probe = Probe(model, _spread(feeds, _LARGE_IMAGES if large else _PROBE_IMAGES), threads)
-    probes = probes or (_LARGE_PROBED if large else PROBED)
+    probe = Probe(model, feeds, threads)
+    probes = probes or (_LARGE_PROBED if is_large(model) else PROBED)
     left = {group.name: set(group.consumers) for group in groups}
     readers: dict[str, list[_Reader]] = {group.name: [] for group in groups}
     found: dict[str, Ranking] = {}
@@ -173,8 +168,27 @@ def _ranked(
     order, local = found.order.tolist(), found.errors
     factor = _LASTING if len(readers) > 1 else 1.0
     counts = sorted({round(part * group.units) for part in probes} & set(range(1, len(local))))
-    lost = [factor * probe.error(readers, order[:count], ridge) for count in counts]
+    lost = [factor * probe.error(_refitted(model, readers, order[:count], ridge)) for count in counts]
     return Ranking(tuple(order), pruning.measured_curve(local, counts, lost) if counts else local)
+
+
+def _refitted(model: ir.Model, readers: Sequence[_Reader], removed: Sequence[int], ridge: float) -> ir.Model:
+    """Return a copy of the model whose readers of a group have lost some units and were refitted."""
+    twin = model_io.copy(model)
+    nodes, names = {node.name: node for node in twin.graph}, Names.of(twin)
+    for reader in readers:
+        kept = np.flatnonzero(~np.isin(reader.units, list(removed)))
+        fitted = np.zeros(reader.weight.shape)
+        cross = reader.weight @ reader.gram
+        fitted[:, kept] = pruning.refit(reader.gram, cross, kept, ridge, reader.weight)
+        array = np.ascontiguousarray(reader.layout.unmatrix(fitted[None])).astype(np.float32)
+        name = names.fresh(f"{reader.node.name}_refitted")  # a weight of its own: others may share the old one
+        own = add_initializer(twin.graph, name, ir.tensor(array, name=name))
+        nodes[reader.node.name].replace_input_with(1, own)
+        if reader.layout.biased:
+            lost = (reader.weight - fitted) @ reader.mean
+            shift_bias(twin.graph, nodes[reader.node.name], lost, names)
+    return twin
 
 
 def _weighed(reader: _Reader) -> pruning.Reader:
@@ -235,63 +249,3 @@ def axes_of(node: ir.Node) -> tuple[int, int]:
         return rank - 2, rank - 1
     turned = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     return (1, 0) if turned or node.op_type == "Conv" else (0, 1)  # ConvTranspose: outputs of one group
-
-
-# ------------------------------------------------------------------------------------------- the outputs' error
-
-
-class Probe:
-    """The float model on a few images, and what comes out when the readers of one group have lost some units."""
-
-    def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], threads: int) -> None:
-        self._model, self._threads = model, threads
-        self._feeds = feeds
-        self._expected = self._run(model)
-
-    def error(self, readers: Sequence[_Reader], removed: Sequence[int], ridge: float) -> float:
-        """Return the error of the worst output without some units of a group, its readers refitted."""
-        twin = model_io.copy(self._model)
-        nodes, names = {node.name: node for node in twin.graph}, Names.of(twin)
-        for reader in readers:
-            kept = np.flatnonzero(~np.isin(reader.units, list(removed)))
-            fitted = np.zeros(reader.weight.shape)
-            cross = reader.weight @ reader.gram
-            fitted[:, kept] = pruning.refit(reader.gram, cross, kept, ridge, reader.weight)
-            array = np.ascontiguousarray(reader.layout.unmatrix(fitted[None])).astype(np.float32)
-            name = names.fresh(f"{reader.node.name}_refitted")  # a weight of its own: others may share the old one
-            own = add_initializer(twin.graph, name, ir.tensor(array, name=name))
-            nodes[reader.node.name].replace_input_with(1, own)
-            if reader.layout.biased:
-                lost = (reader.weight - fitted) @ reader.mean
-                shift_bias(twin.graph, nodes[reader.node.name], lost, names)
-        return self.of(twin)
-
-    def of(self, model: ir.Model) -> float:
-        """Return the error energy of a model's worst output over its signal's."""
-        found = self._run(model)
-        sums = {
-            name: [
-                sum(float(np.square(d, dtype=np.float64).sum()) for d in each) for each in (y, _less(y, found[name]))
-            ]
-            for name, y in self._expected.items()
-        }
-        return max((error / signal for signal, error in sums.values() if signal > 0), default=0.0)
-
-    def _run(self, model: ir.Model) -> dict[str, list[np.ndarray]]:
-        with TemporaryDirectory() as folder:
-            session = Session(model_io.session_source(model, Path(folder)), threads=self._threads)
-            runs = [session.run(feed) for feed in self._feeds]
-        return {name: [run[name] for run in runs] for name, y in runs[0].items() if y.dtype.kind == "f"}
-
-
-def _spread(feeds: Sequence[Mapping[str, np.ndarray]], count: int) -> list[Mapping[str, np.ndarray]]:
-    """Return about so many rows of the batches, evenly: folders are sorted by class. Fixed batches stay whole."""
-    total = sum(len(next(iter(feed.values()))) for feed in feeds)
-    step = max(1, total // count)
-    if any(len(v) < step for feed in feeds for v in feed.values()):
-        return list(feeds[::step])
-    return [{name: v[::step] for name, v in feed.items()} for feed in feeds]
-
-
-def _less(y: Sequence[np.ndarray], z: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [a.astype(np.float64) - b for a, b in zip(y, z, strict=True)]

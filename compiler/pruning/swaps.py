@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from ...passes.branches import Branch
 from ...passes.channel_cuts import ChannelGroup, ChannelGroups, Removed
 from ..types import Progress, silent
-from .images import is_large
-from .importance import Probe, Ranking
+from .importance import Ranking
+from .probe import Probe, is_large
 from .repair import repaired
 
-#: Exchanges that are tried. Large networks (images.py) are left alone: a repair of theirs takes minutes.
+#: Exchanges that are tried. Large networks (probe.py) are left alone: a repair of theirs takes minutes.
 TRIES = 8
 
 
@@ -31,6 +32,7 @@ def swapped(
     rankings: Mapping[str, Ranking],
     feeds: Sequence[Mapping[str, np.ndarray]],
     *,
+    branches: Sequence[Branch] = (),
     tries: int = TRIES,
     seed: int = 0,
     threads: int = 0,
@@ -44,7 +46,7 @@ def swapped(
     candidates = [removed, *_exchanges(groups, removed, first.name, rankings[first.name].order, tries)]
     errors = []
     for candidate in candidates:
-        errors.append(probe.of(repaired(model, candidate, feeds, seed=seed, threads=threads)))
+        errors.append(probe.error(repaired(model, candidate, feeds, branches=branches, seed=seed, threads=threads)))
         progress("exchanging channels", len(errors), len(candidates))
     return candidates[int(np.argmin(errors))]
 

@@ -198,11 +198,11 @@ def _pruning(report: Report) -> str:
     found = pruning_tables.tables(report)
     if report.pruning is None or not report.pruning.kept:
         return "".join(_section(table.title, _table(table)) for table in found)
-    sizes, repair, layers = found
+    sizes, *others, layers = found
     caption = "Outputs of each layer: in colour what was kept, in grey what was cut."
     drawn = _figure(pruning_chart.channels(report.pruning), caption)
     every = _details(f"All {text.count(len(layers.rows), 'layer')}", _table(layers))
-    return _section(sizes.title, _table(sizes) + _table(repair) + drawn + every)
+    return _section(sizes.title, "".join(map(_table, (sizes, *others))) + drawn + every)
 
 
 def _robust(report: Report) -> str:

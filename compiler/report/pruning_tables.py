@@ -22,9 +22,23 @@ def tables(report: Report, limit: int | None = None) -> tuple[Table, ...]:
         return ()
     title = f"Pruning, asked for: {text.clean(p.asked)}"
     if not p.kept:
-        return (Table(title, (), (), (text.clean(p.why),)),)
+        said = tuple(text.clean(note) for note in (p.why, *p.notes))
+        return (Table(title, (), (), said), *([tried(p)] if p.tried else []))
     sizes = Table(title, columns("", "#before", "#after", "#cut %"), _sizes(p), tuple(_notes(report, p)))
-    return sizes, repair(p), layers(p, limit)
+    return sizes, *([tried(p)] if p.tried else []), repair(p), layers(p, limit)
+
+
+def tried(p: Pruning) -> Table:
+    """The cuts that raced the whole network: how much faster they were foretold and measured to be."""
+    titles = columns("cut", "#predicted speed-up", "#measured speed-up", "#lost, points", "verdict")
+    rows = tuple(
+        (text.clean(t.name), text.ratio(t.predicted_speedup), text.ratio(t.measured_speedup), text.fixed(t.drop, 2),
+         text.clean(t.verdict))
+        for t in p.tried
+    )  # fmt: skip
+    precisions = " and ".join(dict.fromkeys(text.precision(t.precision) for t in p.tried))
+    note = f"both in {precisions}, the whole network and the cut one, without any search; points are those of floats"
+    return Table("Cuts that were tried", titles, rows, (note,))
 
 
 def repair(p: Pruning) -> Table:
@@ -73,7 +87,7 @@ def _notes(report: Report, p: Pruning) -> list[str]:
     how = (
         f"{text.count(p.groups, 'group')} of channels, ranked by {_CRITERIA.get(p.criterion, text.clean(p.criterion))}"
     )
-    notes = [text.clean(p.why), how]
+    notes = [text.clean(p.why), how, *map(text.clean, p.notes)]
     cut = next((a.measurement for a in report.attempts if a.name == p.candidate), None)
     if cut is not None:
         notes.append(f"{text.clean(p.candidate or '')}: {_latency(report, cut)}")

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from ..._version import __version__
-from .. import devices
+from .._version import __version__
+from . import devices
 
 if TYPE_CHECKING:
-    from ...calib.folder import Folder
+    from ..calib.folder import Folder
 
 logger = logging.getLogger(__name__)
 
