@@ -16,14 +16,15 @@ from tempfile import TemporaryDirectory
 from edgec.backends.ort import Session
 from edgec.compiler import fidelity, job, pipeline
 from edgec.compiler import model as model_io
-from edgec.compiler.fitting.feeds import calibration_feeds
 from edgec.compiler.options import Options
 from edgec.compiler.pruning import allocation, importance
 from edgec.compiler.pruning.costs import counted
+from edgec.compiler.pruning.images import repair_feeds
 from edgec.compiler.pruning.pruned import steps_of
 from edgec.compiler.pruning.repair import repaired
+from edgec.compiler.pruning.swaps import swapped
 from edgec.compiler.types import silent
-from edgec.passes import channel_cuts, pruning
+from edgec.passes import channel_cuts
 from edgec.passes.cut_moves import JoinMoves
 from int8 import CASES, Case, _part
 
@@ -44,7 +45,7 @@ def run(case: Case, data: Path, place: Path, criteria: list[str], saved: list[fl
     scales = importance.batch_norm_scales(pipeline.run(model_io.copy(original), pipeline.unfolded_passes(), None)[0])
     model, _ = pipeline.run(model_io.copy(original), [*pipeline.exact_passes(), JoinMoves()], None)
     groups = channel_cuts.groups(model)
-    feeds = calibration_feeds(model, this.images, threads=threads)
+    feeds = repair_feeds(model, this.images, threads=threads)
     costs, steps = counted(model, groups.groups, "macs"), steps_of(groups, this.profile.kind)
     count = sum(len(next(iter(feed.values()))) for feed in feeds)
     print(f"\n### {case.model}: {len(groups.groups)} groups, {count} images to repair by\n")
@@ -58,9 +59,11 @@ def run(case: Case, data: Path, place: Path, criteria: list[str], saved: list[fl
         for part in saved:
             start = time.perf_counter()
             removed = groups.feasible(allocation.allocate(costs, rankings, part, steps))
+            if criterion == "obs":
+                removed = swapped(model, groups, removed, rankings, feeds, threads=threads)
             models = {
                 "cut": channel_cuts.cut(model, removed),
-                "repaired": repaired(model, removed, feeds, pruning.RIDGE, threads=threads),
+                "repaired": repaired(model, removed, feeds, threads=threads),
             }
             seconds = ranked + time.perf_counter() - start
             with TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from edgec.passes import forgiving
 from edgec.passes import pruning as P
 
 RIDGE = 1e-3
@@ -156,15 +157,31 @@ def test_the_ridge_is_the_one_that_serves_other_images():
 def test_refitting_to_forgiven_targets_never_raises_the_error_behind_the_relu():
     x, y, _ = data(11, rows=80)
     y -= y.mean()
-    kept, weight, gram = np.arange(x.shape[1] - 4), None, x.T @ x
-    bounds, target = [], y
-    for _ in range(6):
-        weight = P.refit(gram, target.T @ x, kept, 0.0)
-        made = x[:, kept] @ weight.T
-        target = P.forgiven(y, made)
-        bounds.append(((target - made) ** 2).sum())
-        assert ((np.maximum(y, 0) - np.maximum(made, 0)) ** 2).sum() <= bounds[-1] * (1 + 1e-12)
-    assert (np.diff(bounds) <= 1e-9 * bounds[0]).all() and bounds[-1] < 0.95 * bounds[0]
+    kept, weight, gram = np.arange(x.shape[1] - 4), np.zeros((3, x.shape[1])), x.T @ x
+    level = np.random.default_rng(2).normal(size=y.shape) * y.std()
+    errors, bounds = [], []
+    for rounds in range(6):
+        rows = forgiving.Rows(x, y - level, level, biased=False)
+        found = forgiving.refit_forgiving(rows, gram, kept, 0.0, weight, rounds)
+        made = x[:, kept] @ found.T + level
+        bounds.append(((forgiving.forgiven(y, made) - made) ** 2).sum())
+        errors.append(((np.maximum(y, 0) - np.maximum(made, 0)) ** 2).sum())
+        assert errors[-1] <= bounds[-1] * (1 + 1e-12)
+    assert (np.diff(bounds) <= 1e-9 * bounds[0]).all() and bounds[-1] < 0.98 * bounds[0]
+    plain = P.refit(gram, (y - level).T @ x, kept, 0.0, weight)
+    np.testing.assert_allclose(forgiving.refit_forgiving(rows, gram, kept, 0.0, weight, 0), plain, rtol=1e-10)
+
+
+def test_forgiving_with_a_bias_is_forgiving_with_a_column_of_ones():
+    x, y, _ = data(12, rows=80)
+    weight, size = np.zeros((3, x.shape[1])), x.shape[1]
+    centred, level = x - x.mean(axis=0), np.zeros_like(y)
+    rows = forgiving.Rows(x, y, level)
+    found = forgiving.refit_forgiving(rows, centred.T @ centred, np.arange(size), 0.0, weight)
+    ones = np.hstack([x, np.ones((len(x), 1))])
+    rows = forgiving.Rows(ones, y, level, biased=False)
+    both = forgiving.refit_forgiving(rows, ones.T @ ones, np.arange(size + 1), 0.0, np.zeros((3, size + 1)))
+    np.testing.assert_allclose(found, both[:, :-1], rtol=1e-5, atol=1e-6)  # the least ridge pulls at the ones as well
 
 
 # ------------------------------------------------------------------------------------------- allocation

@@ -10,7 +10,7 @@ import zoo
 from edgec.backends.ort import Session
 from edgec.compiler import layers, pipeline
 from edgec.compiler import model as model_io
-from edgec.compiler.pruning import allocation, importance, repair
+from edgec.compiler.pruning import allocation, importance, probe, repair, swaps
 from edgec.compiler.pruning import costs as pruning_costs
 from edgec.passes import channel_cuts, pruning
 from edgec.passes.cut_moves import JoinMoves
@@ -74,7 +74,7 @@ def test_where_nothing_was_cut_repair_changes_nothing(name):
     terms, about 1e-7; a dozen layers pass it on."""
     model, _ = animal(name)
     data = feeds(model)
-    whole = repair.repaired(model, {}, data, pruning.RIDGE, threads=1)
+    whole = repair.repaired(model, {}, data, threads=1)
     for y, z in zip(outputs(model, data), outputs(whole, data), strict=True):
         for key in y:
             assert np.abs(y[key] - z[key]).max() <= 2e-6 * np.abs(y[key]).max()
@@ -94,6 +94,65 @@ def test_a_repaired_network_is_closer_on_the_images_and_on_others(name):
     assert [tuple(n.inputs[1].shape) for n in cut.graph if n.op_type == "Conv"] == [
         tuple(n.inputs[1].shape) for n in mended.graph if n.op_type == "Conv"
     ]
+
+
+def test_the_ridge_is_the_best_of_those_on_held_out_images(monkeypatch):
+    """Whichever is chosen at a layer, no other errs less on the sums of the fifth of the images that is held out."""
+    model, groups = animal("resnet-b")
+    seen, real = [], repair._chosen
+
+    def chosen(every, apart, weight, read):
+        ridge = real(every, apart, weight, read)
+        rest = every.less(apart)
+        errors = dict.fromkeys(pruning.RIDGES, 0.0)
+        for g, kept in enumerate(read):
+            for other in pruning.RIDGES if len(kept) else ():
+                fitted = pruning.refit(rest.gram()[g], rest.cross()[g], kept, other, weight[g])
+                gram, cross = apart.gram()[g][np.ix_(kept, kept)], apart.cross()[g][:, kept]
+                errors[other] += pruning.squared_error(gram, cross, fitted)
+        assert errors[ridge] == min(errors.values())
+        assert 4 * apart.rows == pytest.approx(rest.rows, rel=0.3)
+        seen.append(ridge)
+        return ridge
+
+    monkeypatch.setattr(repair, "_chosen", chosen)
+    gone = random_cut(groups, seed=1, least=1, most=0.6)
+    repair.repaired(model, gone, feeds(model), threads=1)
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize(("count", "batch"), [(3, 24), (15, 1), (2, 3)])
+def test_each_image_is_fitted_to_or_held_out_once(count, batch):
+    data = [{"x": np.arange(i * batch, (i + 1) * batch)[:, None]} for i in range(count)]
+    pieces, flags = repair._split(data, seed=0)
+    assert sorted(np.concatenate([piece["x"][:, 0] for piece in pieces])) == list(range(count * batch))
+    assert sum(len(p["x"]) for p, flag in zip(pieces, flags, strict=True) if flag) == count * (batch // 5) or batch == 1
+    assert batch > 1 or sum(flags) == count // 5
+    again, _ = repair._split(data, seed=0)
+    assert all((a["x"] == b["x"]).all() for a, b in zip(pieces, again, strict=True))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_a_relu_takes_away_is_forgiven(monkeypatch, skip):
+    """Behind the Relu the error of the fitted images falls, whether an Add stands in front of it or not."""
+    end = "s = Add (d, r2)\n y = Relu (s)" if skip else "y = Relu (d)"
+    text = f"""g (float[N,3,8,8] x) => (float[N,6,8,8] y)
+    <float[6,3,3,3] w1, float[6,3,1,1] w2, float[6,6,3,3] w3> {{
+        c = Conv <pads = [1,1,1,1]> (x, w1)
+        r = Relu (c)
+        c2 = Conv (x, w2)
+        r2 = Relu (c2)
+        d = Conv <pads = [1,1,1,1]> (r, w3)
+        {end}
+    }}"""
+    model = prepared(zoo.model(text))
+    groups, data = channel_cuts.groups(model), feeds(model)
+    cut = next(group.name for group in groups if "d" in layer_outputs(model, group.consumers))
+    errors = {}
+    for work in (1e10, 0):
+        monkeypatch.setattr("edgec.compiler.fitting.layerwise.FORGIVEN_WORK", work)
+        errors[work] = error(model, repair.repaired(model, {cut: [1, 4]}, data, 1e-3, threads=1), data)
+    assert errors[1e10] < 0.97 * errors[0]
 
 
 def duplicated(seed=0, bias="", shared=False):
@@ -220,6 +279,45 @@ def test_beta_of_a_gemm_goes_into_its_bias():
         repair.shift_bias(model.graph, node, np.array([1.0, -1.0]), repair.Names.of(model))
         (found,) = outputs(model, [{"x": np.ones((1, 3), np.float32)}])
         np.testing.assert_allclose(found["y"], [[2 * beta + 1, 4 * beta - 1]], rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- exchanges
+
+
+@pytest.mark.parametrize("name", ["resnet-b", "shufflenet-v2"])
+def test_of_the_exchanges_the_one_stands_whose_outputs_err_least(name):
+    model, groups = animal(name)
+    rankings, data = rankings_of(name), feeds(model, batches=1)
+    removed = groups.feasible({n: list(ranking.order[: len(ranking.order) // 2]) for n, ranking in rankings.items()})
+    chosen = swaps.swapped(model, groups, removed, rankings, data, tries=4, threads=1)
+    first = next(g.name for g in groups if removed.get(g.name) and len(g.consumers) > 1)
+    tried = [removed, *swaps._exchanges(groups, removed, first, rankings[first].order, 4)]
+    assert len(tried) > 2 and chosen in tried
+    for other in tried:
+        assert {n: len(units) for n, units in other.items()} == {n: len(units) for n, units in removed.items()}
+        assert {n for n in removed if set(other[n]) != set(removed[n])} <= {first}
+    errors = [error(model, repair.repaired(model, one, data, threads=1), data) for one in tried]
+    assert errors[tried.index(chosen)] == pytest.approx(min(errors), rel=1e-3)
+
+
+def test_the_closest_calls_are_tried_first():
+    _, groups = animal("resnet-b")
+    group = max(groups, key=lambda group: group.units)
+    order = list(np.random.default_rng(0).permutation(group.units))
+    found = swaps._exchanges(groups, {group.name: order[:3]}, group.name, order, 3)
+    assert [set(one[group.name]) for one in found] == [
+        {order[0], order[1], order[3]},
+        {order[0], order[1], order[4]},
+        {order[0], order[2], order[3]},
+    ]
+
+
+def test_nothing_is_exchanged_where_nothing_is_cut_or_the_network_is_large(monkeypatch):
+    model, groups = animal("resnet-b")
+    assert swaps.swapped(model, groups, {}, rankings_of("resnet-b"), feeds(model), threads=1) == {}
+    monkeypatch.setattr(probe, "LARGE", 10)
+    removed = random_cut(groups, seed=1, least=1, most=0.6)
+    assert swaps.swapped(model, groups, removed, rankings_of("resnet-b"), feeds(model), threads=1) is removed
 
 
 # ------------------------------------------------------------------------------------------- ranking

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ...passes.forgiving import Rows
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,14 +50,27 @@ class Layout:
 
     def rows(self, x: np.ndarray, y: np.ndarray, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return X and Y of at most `most` output positions, drawn without replacement; float64."""
+        drawn = self.draw(y, most, rng)
+        return self.inputs_at(x, y, drawn), self.outputs_at(y, drawn)
+
+    def draw(self, y: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+        """Return at most `most` output positions, drawn without replacement, as numbers."""
+        count = y.size // y.shape[-1] if self.spatial is None else math.prod((len(y), *y.shape[2:]))
+        return np.arange(count) if count <= most else np.sort(rng.choice(count, most, replace=False))
+
+    def inputs_at(self, x: np.ndarray, y: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """Return X at the positions `drawn` of the output `y`; float64."""
         if self.spatial is None:
-            x, y = x.reshape(-1, self.inputs), y.reshape(-1, y.shape[-1])
-            chosen = _draw(len(x), most, rng)
-            return x[None, chosen].astype(np.float64), y[None, chosen].astype(np.float64)
-        positions = (len(y), *y.shape[2:])
-        at = np.unravel_index(_draw(math.prod(positions), most, rng), positions)
-        patches, values = (np.moveaxis(a, 1, len(at)) for a in (self._patches(x), y))  # channels behind positions
-        return self._grouped(patches[at]), self._grouped(values[at])
+            return x.reshape(-1, self.inputs)[None, drawn].astype(np.float64)
+        at = np.unravel_index(drawn, (len(y), *y.shape[2:]))
+        return self._grouped(np.moveaxis(self._patches(x), 1, len(at))[at])  # channels behind positions
+
+    def outputs_at(self, y: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """Return Y at the positions `drawn`; float64."""
+        if self.spatial is None:
+            return y.reshape(-1, y.shape[-1])[None, drawn].astype(np.float64)
+        at = np.unravel_index(drawn, (len(y), *y.shape[2:]))
+        return self._grouped(np.moveaxis(y, 1, len(at))[at])
 
     def _grouped(self, rows: np.ndarray) -> np.ndarray:
         return rows.reshape(len(rows), self.groups, -1).swapaxes(0, 1).astype(np.float64)
@@ -116,6 +131,14 @@ class Moments:
         self._y += y.sum(axis=1)
         self.energy += float(np.vdot(y, y))
 
+    def less(self, part: Moments) -> Moments:
+        """Return the sums over all rows but those of `part`."""
+        rest = Moments(self.layout)
+        rest.rows, rest.energy = self.rows - part.rows, self.energy - part.energy
+        rest._gram, rest._cross = self._gram - part._gram, self._cross - part._cross
+        rest._x, rest._y = self._x - part._x, self._y - part._y
+        return rest
+
     def gram(self) -> np.ndarray:
         """X'X (groups, in, in)."""
         return self._gram - self._about(self._x, self._x)
@@ -132,5 +155,18 @@ class Moments:
         return one[:, :, None] * other[:, None, :] / max(self.rows, 1) if self.layout.biased else 0.0
 
 
-def _draw(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    return np.arange(count) if count <= most else np.sort(rng.choice(count, most, replace=False))
+class Kept:
+    """The rows themselves, in float32, of a layer whose targets shall be made anew from what comes out."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._rows: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, x: np.ndarray, target: np.ndarray, level: np.ndarray) -> None:
+        """Keep rows: x (groups, rows, in); target, and what is added to it (groups, rows, out)."""
+        self._rows.append(tuple(a.astype(np.float32) for a in (x, target, level)))
+
+    def of_group(self, group: int) -> Rows:
+        """Return the rows of one group."""
+        x, target, level = (np.concatenate([a[group] for a in each]) for each in zip(*self._rows, strict=True))
+        return Rows(x, target, level, self._layout.biased)

@@ -10,7 +10,7 @@ corrected there (Nagel et al. 2019, section 4.2, layer after layer).
     target_l = y_l + (r_l - r^_l)       shift_l[c] = mean over images and positions of (target_l - y^_l) in channel c
 
 where r is what a residual Add adds to the layer's output, if that is known already: the layer then also makes up for
-the error that the skip branch carries, and errors do not pile up along it.
+the error that the skip branch carries, and errors do not pile up along it (targets.py).
 """
 
 from __future__ import annotations
@@ -22,23 +22,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ...passes.weight_writer import added_bias, takes_shift
+from ...passes.weight_writer import takes_shift
 from ..layers import LINEAR
 from ..types import Progress, StoredWeight, silent
 from . import gram
 from .stream import Arrays, Stream
+from .targets import Wanted, add_along, wanted
 
+#: Rows are kept of a layer, to forgive what a Relu behind it takes away, where a round takes so many multiply-adds at
+#: most: the widest layers of a ResNet-50 would add minutes, and most of a gigabyte.
+FORGIVEN_WORK, _LEAST_OUTPUTS = 5e9, 256
 #: Rows of a layer's Gram matrix: so many, or so many times its inputs if that is more, if the images have them.
 ROWS, ROWS_PER_INPUT = 16384, 8
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One layer to choose a weight for: its node in the float model, and the sums over what it reads and shall give."""
+    """One layer to choose a weight for: its node in the float model, and the sums over what it reads and shall give.
+
+    `held_out` is the part of the sums that is of held-out batches; `rows` are kept where a Relu forgives.
+    """
 
     node: ir.Node
     weight: np.ndarray
     moments: gram.Moments
+    held_out: gram.Moments | None = None
+    rows: gram.Kept | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +62,7 @@ class Choice:
     stored: StoredWeight | None = None
     objective_nearest: float | None = None
     objective_chosen: float | None = None
+    shift: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +100,8 @@ def walk(
     floats: bool = False,
     correct: bool = True,
     follow_skips: bool = True,
+    forgive: bool = False,
+    held_out: Sequence[bool] | None = None,
     skip: Collection[str] = (),
     seed: int = 0,
     threads: int = 0,
@@ -98,16 +110,17 @@ def walk(
     """Return a step for each linear layer that both models have, in topological order; neither model is changed.
 
     `quantized` was made from `original` by passes/quantize.py; or, with `floats`, it is a float model whose weights are
-    chosen all the same. `feeds` are batches of inputs. Without `choose` the
-    quantized model's own weights are measured. `correct=False` leaves biases alone, `follow_skips=False` the errors of
-    skip branches. Layers named in `skip` are left as they are, and out of the result.
+    chosen all the same. `feeds` are batches of inputs; those of `held_out` are summed up apart as well. Without
+    `choose` the quantized model's own weights are measured. `correct=False` leaves biases alone, `follow_skips=False`
+    the errors of skip branches; with `forgive`, what a Relu takes away does not count. Layers named in `skip` are left
+    as they are, and out of the result.
     """
     twins = {node.name: node for node in quantized.graph}
     layers = [
         (n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name)) and n.name not in skip
     ]
     pair = _Pair(Stream(original, feeds, threads), Stream(quantized, feeds, threads), twins)
-    options = _Options(choose, floats, correct, follow_skips, np.random.default_rng(seed))
+    options = _Options(choose, floats, correct, follow_skips, forgive, held_out, np.random.default_rng(seed))
     steps = []
     for node, twin in layers:
         steps.append(_step(node, twin, pair, options))
@@ -144,6 +157,8 @@ class _Options:
     floats: bool
     correct: bool
     follow_skips: bool
+    forgive: bool
+    held_out: Sequence[bool] | None
     rng: np.random.Generator
 
 
@@ -163,19 +178,25 @@ def _step(node: ir.Node, twin: ir.Node, pair: _Pair, options: _Options) -> Layer
     sqnr_in = _decibels(x, coarse_x)
     del x
     y = pair.exact.pull(node.outputs[0])
-    target = _target(node, y, pair) if options.follow_skips else y
+    goal = Wanted(y)
+    if options.follow_skips:
+        goal = wanted(node, y, pair.twins, pair.exact, pair.coarse, options.forgive)
     weight = twin.inputs[1]
     assert weight is not None
     changes = options.floats or not weight.is_initializer()
-    picked = _pick(node, coarse_x, target, options) if changes else _Picked(reason="left in float")
+    picked = _pick(node, coarse_x, goal, options) if changes else _Picked(reason="left in float")
     del coarse_x
     if picked.choice is not None:
         array = picked.choice.weight
         pair.coarse.fix(weight, array.T if _turned(node, twin) else array)
     coarse_y = pair.coarse.pull(twin.outputs[0])
     shift = None
-    if options.correct and changes and takes_shift(node):
-        shift = _shift(target, coarse_y, 1 if node.op_type.startswith("Conv") else coarse_y[0].ndim - 1)
+    axis = 1 if node.op_type.startswith("Conv") else coarse_y[0].ndim - 1
+    if picked.choice is not None and picked.choice.shift is not None:
+        shift = picked.choice.shift
+        add_along(coarse_y, shift, axis)
+    elif options.correct and changes and takes_shift(node):
+        shift = goal.shift(coarse_y, axis)
     choice = picked.choice
     return LayerStep(
         node=node.name or "",
@@ -198,7 +219,7 @@ class _Picked:
     reason: str | None = None
 
 
-def _pick(node: ir.Node, x: Arrays, target: Arrays, options: _Options) -> _Picked:
+def _pick(node: ir.Node, x: Arrays, goal: Wanted, options: _Options) -> _Picked:
     if options.choose is None:
         return _Picked(reason="measured only")
     assert node.inputs[1] is not None and node.inputs[1].const_value is not None
@@ -207,16 +228,34 @@ def _pick(node: ir.Node, x: Arrays, target: Arrays, options: _Options) -> _Picke
     if isinstance(layout, str):
         return _Picked(reason=layout)
     layout = replace(layout, biased=takes_shift(node) and options.correct)
-    moments, bias = gram.Moments(layout), bias_of(node, weight.size // layout.inputs).reshape(layout.groups, 1, -1)
-    most = math.ceil(max(ROWS, ROWS_PER_INPUT * layout.inputs) / len(x))
-    for one, wanted in zip(x, target, strict=True):
-        rows, values = layout.rows(one, wanted, most, options.rng)
-        moments.add(rows, values - bias)  # what the weight has to make
-    choice = options.choose(Site(node, weight, moments))
+    bias = bias_of(node, weight.size // layout.inputs).reshape(layout.groups, 1, -1)
+    site = _summed(node, weight, layout, bias, x, goal, options)
+    choice = options.choose(site)
     if isinstance(choice, str):
         return _Picked(reason=choice)
     error = layout.matrix(choice.weight.astype(np.float64) - weight)
-    return _Picked(choice, _ratio_db(moments.energy, float(((error @ moments.gram()) * error).sum())))
+    return _Picked(choice, _ratio_db(site.moments.energy, float(((error @ site.moments.gram()) * error).sum())))
+
+
+def _summed(
+    node: ir.Node, weight: np.ndarray, layout: gram.Layout, bias: np.ndarray, x: Arrays, goal: Wanted, options: _Options
+) -> Site:
+    """Return the sums over rows drawn from all batches, those over held-out batches, and the rows where they serve."""
+    moments, apart = gram.Moments(layout), gram.Moments(layout)
+    most, images = max(ROWS, ROWS_PER_INPUT * layout.inputs), sum(map(len, x))
+    outputs = weight.size // layout.inputs + _LEAST_OUTPUTS * layout.groups
+    rows = gram.Kept(layout) if goal.forgiving and most * layout.inputs * outputs <= FORGIVEN_WORK else None
+    for i, (one, target) in enumerate(zip(x, goal.target, strict=True)):
+        share = 1 / len(x) if options.held_out is None else len(one) / images  # those parts differ in size
+        drawn = layout.draw(target, math.ceil(most * share), options.rng)
+        read, values = layout.inputs_at(one, target, drawn), layout.outputs_at(target, drawn)
+        moments.add(read, values - bias)  # what the weight has to make
+        if options.held_out is not None and options.held_out[i]:
+            apart.add(read, values - bias)
+        if rows is not None:
+            level = np.zeros_like(values) if goal.level is None else layout.outputs_at(goal.level[i], drawn)
+            rows.add(read, values - bias, level + bias)
+    return Site(node, weight, moments, apart if apart.rows else None, rows)
 
 
 def bias_of(node: ir.Node, channels: int) -> np.ndarray:
@@ -231,34 +270,6 @@ def bias_of(node: ir.Node, channels: int) -> np.ndarray:
 def _turned(node: ir.Node, twin: ir.Node) -> bool:
     """Say whether the quantized model stores a Gemm's weight the other way round."""
     return node.attributes.get_int("transB", 0) != twin.attributes.get_int("transB", 0)
-
-
-def _target(node: ir.Node, y: Arrays, pair: _Pair) -> Arrays:
-    """Return y, with the error added that a residual Add behind the layer gets from its other input, if known."""
-    biased = added_bias(node)
-    out = node.outputs[0] if biased is None else biased[0].outputs[0]
-    uses = tuple(out.uses())
-    add = uses[0].node if len(uses) == 1 and not out.is_graph_output() else None
-    twin = pair.twins.get(add.name) if add is not None else None
-    if add is None or twin is None or add.op_type != "Add" or twin.op_type != "Add":
-        return y
-    other, coarse_other = add.inputs[1 - uses[0].idx], twin.inputs[1 - uses[0].idx]
-    if not (pair.exact.within_reach(other) and pair.coarse.within_reach(coarse_other)):
-        return y
-    skip, coarse_skip = pair.exact.pull(other), pair.coarse.pull(coarse_other)
-    if skip[0].shape != y[0].shape:
-        return y
-    return [a + (s - c) for a, s, c in zip(y, skip, coarse_skip, strict=True)]
-
-
-def _shift(target: Arrays, got: Arrays, axis: int) -> np.ndarray:
-    """Add to `got`, in place, what it lacks on average in each channel (the index of `axis`), and return that."""
-    others = tuple(i for i in range(got[0].ndim) if i != axis)
-    total = sum((t - g).sum(axis=others, dtype=np.float64) for t, g in zip(target, got, strict=True))
-    shift: np.ndarray = np.asarray(total) / sum(g.size // g.shape[axis] for g in got)
-    for array in got:
-        array += shift.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(array.ndim)])
-    return shift
 
 
 def _decibels(exact: Arrays, coarse: Arrays) -> float:

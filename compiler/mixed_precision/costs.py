@@ -225,4 +225,3 @@ def by_link(kernels: Iterable[Kernel], model: ir.Model, wiring: Wiring) -> dict[
         ms, count = found.get(home, (0.0, 0))
         found[home] = (ms + kernel.ms, count + 1)
     return found
-
