@@ -38,6 +38,8 @@ CALL = "call"
 #: Milliseconds below which a kernel's time is noise: the profiler counts whole microseconds.
 _NOISE_MS = 2e-3
 _NEAREST = 2
+#: What a network took and what the profiler says of its nodes, beside another one's, may differ by this factor.
+_STEADY = 1.25
 #: Under which the misfit and the profiler's (a, b) are kept.
 _TIMING = "timing"
 
@@ -95,9 +97,11 @@ class LatencyTable:
 
         The machine may be slower or faster than it was; and the nodes add up to what the network took.
         """
-        (a, b), drift = self.profiler, whole_ms / whole.whole_ms
-        times = [max(a * ms - b * kernels, 0.0) for *_, ms, kernels in other.nodes]
-        scale = max(other.whole_ms * drift - self.call_ms, 0.0) / max(sum(times), 1e-9)
+        drift = whole_ms / whole.whole_ms
+        usual, scale = (self._scale(one, drift) for one in (whole, other))
+        if not 1 / _STEADY <= scale / usual <= _STEADY:
+            return self  # somebody else used the machine while one of them was timed
+        times = self._undistorted(other)
         found: dict[str, dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
         for (family, inputs, outputs, *_), ms in zip(other.nodes, times, strict=True):
             found[family][inputs, outputs].append(scale * ms)
@@ -105,6 +109,14 @@ class LatencyTable:
         for family, points in found.items():
             known[family] = {**known.get(family, {}), **{at: float(np.median(t)) for at, t in points.items()}}
         return replace(self, known=known)
+
+    def _scale(self, network: Timed, drift: float) -> float:
+        """Return what a network took over what the profiler says of its nodes."""
+        return max(network.whole_ms * drift - self.call_ms, 0.0) / max(sum(self._undistorted(network)), 1e-9)
+
+    def _undistorted(self, network: Timed) -> list[float]:
+        a, b = self.profiler
+        return [max(a * ms - b * kernels, 0.0) for *_, ms, kernels in network.nodes]
 
     @cached_property
     def block(self) -> int:

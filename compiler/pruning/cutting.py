@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...passes import pruning
 from ...passes.channel_cuts import ChannelGroups
 from .. import layers, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
-from ..fitting.feeds import calibration_feeds
 from ..proof import Prover
 from ..types import PassRecord, PrunedLayer, PruneTrial, Pruning
 from . import allocation, importance
 from .branch_ranking import rank_branches
 from .costs import Costs
+from .images import repair_feeds
 from .repair import repaired
 from .structure import Structure
+from .swaps import swapped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,7 @@ class Cutting:
         """Find and rank what can be cut of `model`. There must be images."""
         assert this.images is not None
         structure, threads = Structure.of(model), this.threads
-        feeds = calibration_feeds(model, this.images, threads=threads) if structure else []
+        feeds = repair_feeds(model, this.images, threads=threads) if structure else []
         common = {"seed": this.options.seed, "threads": threads, "progress": this.progress}
         rankings = {
             **importance.rank(model, structure.groups.groups, feeds, **common),  # type: ignore[arg-type]  # several types
@@ -126,7 +126,7 @@ class Cutting:
             return f"the cut failed its proof: its outputs differ by {proof.error:.1e} from the masked network's"
         units, branches = self.structure.split(removed)
         model = repaired(
-            self.model, units, self.feeds, pruning.RIDGE, branches=branches,
+            self.model, units, self.feeds, branches=branches,
             seed=self.this.options.seed, threads=self.this.threads, progress=self.this.progress,
         )  # fmt: skip
         channels = sum(map(len, units.values()))
@@ -150,6 +150,18 @@ class Cutting:
             save(Candidate(f"{name}, not repaired", "fp32", work / f"{stem}-cut.onnx", cut)),
             removed,
         )
+
+    def exchanged(self, made: Made, work: Path) -> Made:
+        """Return the cut with the closest calls of its first channels decided by the repaired network's error."""
+        units, branches = self.structure.split(made.removed)
+        better = swapped(
+            self.model, self.structure.groups, units, self.rankings, self.feeds, branches=branches,
+            seed=self.this.options.seed, threads=self.this.threads, progress=self.this.progress,
+        )  # fmt: skip
+        if better == units:
+            return made
+        again = self.made({**better, **{branch.name: [0] for branch in branches}}, work, made.candidate.name)
+        return made if isinstance(again, str) else again
 
     def summary(
         self, request: Prune, made: Made | None, why: str, tried: Sequence[PruneTrial] = (), told: Sequence[str] = ()

@@ -123,6 +123,8 @@ class Pricing:
         for _ in range(_PROPOSALS):
             priced = self.costs()
             removed = propose(priced)
+            if not any(removed.values()):
+                break
             network = self.structure.cut(self.model, removed)
             found = self._shapes(network)
             if removed in self.timed and all(self.table.knows(s.family, *s.amounts({})) for s in found):

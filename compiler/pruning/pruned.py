@@ -55,6 +55,8 @@ def prune(this: Job, model: ir.Model, baseline: Candidate, work: Path, request: 
     cutting = Cutting.of(this, joined, moved, start)
     found = _nothing(cutting) or _chosen(this, cutting, baseline, work, request)
     made = found.made
+    if made is not None and this.seconds_left != 0:
+        made = cutting.exchanged(made, work)
     tried = () if made is None else (made.candidate,)  # the last measurement must not turn to what was turned down
     summary = cutting.summary(request, made, found.why, found.trials, found.notes)
     return Pruned(baseline if made is None else made.candidate, tried, summary)

@@ -126,7 +126,7 @@ class Race:
             if wanted <= speed <= _ENOUGH * wanted:
                 break
             before, further = removed, _FURTHER if speed < wanted else 1 / _FURTHER
-            aim *= _AIM * wanted / speed
+            aim = max(aim * _AIM * wanted / speed, 1 + (aim - 1) / 2)
         if not reaching and not short:
             return Chosen(None, "no cut is foretold to save time here, and nothing was pruned")
         if reaching:

@@ -28,7 +28,7 @@ TRIES = 8
 def swapped(
     model: ir.Model,
     groups: ChannelGroups,
-    removed: Removed,
+    removed: Mapping[str, Sequence[int]],
     rankings: Mapping[str, Ranking],
     feeds: Sequence[Mapping[str, np.ndarray]],
     *,
@@ -37,13 +37,16 @@ def swapped(
     seed: int = 0,
     threads: int = 0,
     progress: Progress = silent,
-) -> Removed:
+) -> Mapping[str, Sequence[int]]:
     """Return `removed`, or the same with one unit of one group exchanged, whichever errs least on `feeds`."""
     first = _first(model, groups, removed, rankings)
     if first is None or is_large(model):
         return removed
     probe = Probe(model, feeds, threads)
-    candidates = [removed, *_exchanges(groups, removed, first.name, rankings[first.name].order, tries)]
+    candidates: list[Mapping[str, Sequence[int]]] = [
+        removed,
+        *_exchanges(groups, removed, first.name, rankings[first.name].order, tries),
+    ]
     errors = []
     for candidate in candidates:
         errors.append(probe.error(repaired(model, candidate, feeds, branches=branches, seed=seed, threads=threads)))
