@@ -110,6 +110,10 @@ def test_subgraphs_read_from_outside():
     ("Conv <pads = [1, 1, 1, 1], group = 4>", (3, 4, 5, 5), (4, 1, 3, 3)),
     ("Conv <strides = [3], pads = [1, 1]>", (3, 4, 11), (5, 4, 3)),
     ("Conv <auto_pad = \"VALID\">", (2, 3, 5, 5), (4, 3, 2, 2)),
+    ("ConvTranspose", (2, 4, 5, 6), (4, 3, 2, 2)),
+    ("ConvTranspose <strides = [2, 2]>", (2, 4, 5, 6), (4, 3, 2, 2)),
+    ("ConvTranspose <strides = [2, 3], pads = [1, 0, 0, 2], output_padding = [1, 0]>", (2, 4, 5, 6), (4, 3, 3, 4)),
+    ("ConvTranspose <strides = [2], dilations = [2], pads = [1, 1]>", (2, 4, 7), (4, 3, 3)),
     ("Gemm <transB = 1>", (9, 6), (4, 6)),
     ("Gemm", (9, 6), (6, 4)),
     ("MatMul", (2, 5, 6), (6, 4)),
@@ -132,7 +136,9 @@ def test_rows_times_the_weight_are_the_layers_output(op, x, w):
 
 
 @pytest.mark.parametrize("op, w, why", [
-    ("ConvTranspose", (4, 3, 2, 2), "ConvTranspose"),
+    ("ConvTranspose <group = 2>", (4, 3, 2, 2), "ConvTranspose"),
+    ("ConvTranspose <pads = [2, 0, 0, 0]>", (4, 3, 2, 2), "cropped"),
+    ("ConvTranspose <auto_pad = \"SAME_UPPER\">", (4, 3, 2, 2), "auto_pad"),
     ("Conv <auto_pad = \"SAME_UPPER\">", (4, 3, 2, 2), "auto_pad"),
     ("Gemm <alpha = 2.0>", (3, 4), "alpha"),
 ])  # fmt: skip

@@ -1,6 +1,7 @@
 """Ranking, allocation and repair on small networks; costs against the MACs of the cut model."""
 
 import functools
+import time
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,9 @@ from edgec.compiler import layers, pipeline
 from edgec.compiler import model as model_io
 from edgec.compiler.pruning import allocation, importance, probe, repair, swaps
 from edgec.compiler.pruning import costs as pruning_costs
+from edgec.compiler.pruning.branch_ranking import rank_branches
 from edgec.passes import channel_cuts, pruning
+from edgec.passes.branches import branches as find_branches
 from edgec.passes.cut_moves import JoinMoves
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -259,6 +262,39 @@ def test_layers_that_share_a_weight_keep_it():
     assert np.isfinite(error(model, mended, data))
     first, cut = mended.graph[0].inputs[1], channel_cuts.cut(model, gone).graph[0].inputs[1]
     np.testing.assert_array_equal(first.const_value.numpy(), cut.const_value.numpy())
+
+
+@pytest.mark.parametrize("kind", ["in groups", "transposed"])
+def test_groups_that_only_such_convolutions_read_are_ranked_and_repaired(kind):
+    """Half of the channels are multiples of the others: the elimination takes them, and nothing is lost."""
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(2, 2, 3, 3, 3))  # two groups of four channels, of which two say it all
+    first = np.concatenate([half, 2 * half], axis=1).reshape(8, 3, 3, 3)
+    if kind == "in groups":
+        reader, weight = "Conv <group = 2, pads = [1,1,1,1]>", rng.normal(size=(6, 4, 3, 3))
+    else:
+        reader, weight = "ConvTranspose <strides = [2,2]>", rng.normal(size=(8, 6, 2, 2))
+    shape = ",".join(map(str, weight.shape))
+    text = f"""g (float[N,3,8,8] x) => (float[N,6,h,w] y) <float[8,3,3,3] u, float[{shape}] v> {{
+        a = Conv <pads = [1,1,1,1]> (x, u)
+        r = Relu (a)
+        y = {reader} (r, v)
+    }}"""
+    model = prepared(zoo.model(text, {"u": first, "v": weight}))
+    (group,), data = channel_cuts.groups(model), feeds(model)
+    (ranking,) = importance.rank(model, [group], data, threads=1).values()
+    count = group.units // 2
+    gone = {group.name: list(ranking.order[:count])}
+    assert ranking.curve[count] < 1e-3 < ranking.curve[count + 1]
+    mended = repair.repaired(model, gone, data, threads=1)
+    assert error(model, mended, data) < 1e-3 < error(model, channel_cuts.cut(model, gone), data)
+
+
+def test_what_was_not_ranked_in_time_stays():
+    model, groups = animal("resnet-b")
+    assert importance.rank(model, groups.groups, feeds(model, 1), threads=1, deadline=time.monotonic()) == {}
+    branches = find_branches(model).branches
+    assert rank_branches(model, branches, feeds(model, 1), threads=1, deadline=time.monotonic()) == {}
 
 
 def test_half_floats_are_left_alone():

@@ -25,6 +25,8 @@ class Layout:
 
     `shape` is the weight's own; `spatial` are (kernel, strides, dilations, pads) of a Conv, None for Gemm and MatMul;
     `transposed` weights are stored (in, out). `biased`: the layer's bias will be set to what the mean error asks for.
+    A ConvTranspose is the Conv with the kernel turned round over its input with zeros in between: `spread` are the
+    steps from one input to the next (Dumoulin, Visin 2016, "A guide to convolution arithmetic for deep learning").
     """
 
     shape: tuple[int, ...]
@@ -32,21 +34,30 @@ class Layout:
     spatial: tuple[tuple[int, ...], ...] | None = None
     transposed: bool = False
     biased: bool = True
+    spread: tuple[int, ...] | None = None
 
     @property
     def inputs(self) -> int:
         """How many weights make one output of a row."""
+        if self.spread is not None:
+            return math.prod(self.shape) // self.shape[1]
         return self.shape[0] if self.transposed else math.prod(self.shape[1:])
 
     def matrix(self, weight: np.ndarray) -> np.ndarray:
         """Return a weight, or anything of its shape, as (groups, out, in)."""
-        rows = weight.T if self.transposed else weight.reshape(len(weight), -1)
+        rows = weight.T if self.transposed else self._turned(weight)
         return rows.reshape(self.groups, -1, self.inputs)
 
     def unmatrix(self, matrix: np.ndarray) -> np.ndarray:
         """Return (groups, out, in) in the shape of the weight."""
         rows = matrix.reshape(-1, self.inputs)
-        return rows.T if self.transposed else rows.reshape(self.shape)
+        if self.spread is not None:
+            rows = rows.reshape(self.shape[1], self.shape[0], *self.shape[2:])
+        return rows.T if self.transposed else self._turned(rows).reshape(self.shape)
+
+    def _turned(self, weight: np.ndarray) -> np.ndarray:
+        """Return the weight of the Conv that a ConvTranspose is, and the other way round."""
+        return weight if self.spread is None else np.flip(weight.swapaxes(0, 1), tuple(range(2, weight.ndim)))
 
     def rows(self, x: np.ndarray, y: np.ndarray, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return X and Y of at most `most` output positions, drawn without replacement; float64."""
@@ -80,6 +91,11 @@ class Layout:
         assert self.spatial is not None
         kernel, strides, dilations, pads = self.spatial
         rank = len(kernel)
+        if self.spread is not None:
+            sizes = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], self.spread, strict=True)]
+            apart = np.zeros((*x.shape[:2], *sizes), x.dtype)
+            apart[(slice(None), slice(None), *(slice(None, None, step) for step in self.spread))] = x
+            x = apart
         padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
         spans = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
         windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
@@ -91,7 +107,7 @@ class Layout:
 def layout(node: ir.Node, shape: tuple[int, ...]) -> Layout | str:
     """Return the layout of a linear node with a weight of this shape, or the reason why it has none."""
     attributes = node.attributes
-    if node.op_type == "Conv":
+    if node.op_type in ("Conv", "ConvTranspose"):
         if attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             return "its padding depends on the image (auto_pad)"
         rank = len(shape) - 2
@@ -101,6 +117,8 @@ def layout(node: ir.Node, shape: tuple[int, ...]) -> Layout | str:
             tuple(attributes.get_ints("dilations", [1] * rank)),
             tuple(attributes.get_ints("pads", [0] * 2 * rank)),
         )
+        if node.op_type == "ConvTranspose":
+            return _transposed(node, shape, spatial)
         return Layout(shape, attributes.get_int("group", 1), spatial)
     if node.op_type == "Gemm":
         if attributes.get_int("transA", 0) or attributes.get_float("alpha", 1.0) != 1.0:
@@ -109,6 +127,21 @@ def layout(node: ir.Node, shape: tuple[int, ...]) -> Layout | str:
     if node.op_type == "MatMul" and len(shape) == 2:
         return Layout(shape, transposed=True, biased=False)
     return f"no Gram matrix is made for {node.op_type}"
+
+
+def _transposed(node: ir.Node, shape: tuple[int, ...], spatial: tuple[tuple[int, ...], ...]) -> Layout | str:
+    """Return the layout of a ConvTranspose as that of the Conv that it is."""
+    kernel, strides, dilations, pads = spatial
+    rank = len(kernel)
+    more = node.attributes.get_ints("output_padding", [0] * rank)
+    reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    around = (*(r - p for r, p in zip(reach, pads[:rank], strict=True)),
+              *(r - p + m for r, p, m in zip(reach, pads[rank:], more, strict=True)))  # fmt: skip
+    if node.attributes.get_int("group", 1) != 1 or "output_shape" in node.attributes or min(around) < 0:
+        return (
+            "no Gram matrix is made for a ConvTranspose in groups, of a stated output shape, or cropped by its padding"
+        )
+    return Layout(shape, 1, (kernel, (1,) * rank, dilations, around), spread=strides)
 
 
 class Moments:

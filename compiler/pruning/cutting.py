@@ -100,12 +100,22 @@ class Cutting:
         assert this.images is not None
         structure, threads = Structure.of(model), this.threads
         feeds = repair_feeds(model, this.images, threads=threads) if structure else []
-        common = {"seed": this.options.seed, "threads": threads, "progress": this.progress}
+        common = {
+            "seed": this.options.seed, "threads": threads, "deadline": this.deadline, "progress": this.progress,
+        }  # fmt: skip
         rankings = {
             **importance.rank(model, structure.groups.groups, feeds, **common),  # type: ignore[arg-type]  # several types
             **rank_branches(model, structure.branches.branches, feeds, **common),  # type: ignore[arg-type]  # the same
         } if structure else {}  # fmt: skip
         return cls(this, model, structure, feeds, rankings, [r for r in before if r.modified], start)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to be said of the ranking."""
+        count = len(self.structure.groups) + len(self.structure.branches)
+        if self.this.seconds_left != 0 or len(self.rankings) == count:
+            return ()
+        return (f"the time budget ended when {len(self.rankings)} of {count} groups and branches were ranked",)
 
     @property
     def steps(self) -> dict[str, int]:
@@ -175,7 +185,7 @@ class Cutting:
             kept=False,
             refusals=self.structure.refusals,
             tried=tuple(tried),
-            notes=tuple(told),
+            notes=(*self.notes, *told),
         )
         if made is None:
             return found

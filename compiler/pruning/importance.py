@@ -17,6 +17,7 @@ goes through that: e(r) = local(r) * (measured / local), the ratio interpolated 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -55,7 +56,11 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """A layer that reads a group: its sums, its weight (out, in), the unit of each column, and the mean it reads."""
+    """A layer that reads a group: its sums, its weight, the unit of each column, and the mean it reads.
+
+    Of each group of a convolution in groups: `gram` (groups, in, in), `weight` (groups, out, in), `units` and `mean`
+    (groups, in).
+    """
 
     node: ir.Node
     layout: gram.Layout
@@ -76,9 +81,12 @@ def rank(
     probes: Sequence[float] | None = None,
     seed: int = 0,
     threads: int = 0,
+    deadline: float | None = None,
     progress: Progress = silent,
 ) -> dict[str, Ranking]:
     """Return the ranking of each group that some layer with a Gram matrix reads, by the group's name.
+
+    What is not ranked at the `deadline`, on time.monotonic's clock, is left out.
 
     `scales` are BatchNormalization's, by the name of the layer before it, for "bn"; where a group has none, "l1" takes
     its place. Groups that no such layer reads are left out: nothing could be repaired.
@@ -90,6 +98,8 @@ def rank(
     readers: dict[str, list[_Reader]] = {group.name: [] for group in groups}
     found: dict[str, Ranking] = {}
     for node in [node for node in model.graph if is_layer(node)]:
+        if deadline is not None and time.monotonic() >= deadline:
+            break
         mine = [group for group in groups if (node.name or "") in left[group.name]]
         read = _read(node, mine, stream, rng) if mine else {}
         for group in mine:
@@ -123,27 +133,25 @@ def _read(
     assert weight is not None and weight.const_value is not None
     array = weight.const_value.numpy()
     layout = gram.layout(node, array.shape)
-    if isinstance(layout, str) or layout.groups > 1:
+    mine = [(group, member) for group in groups if (member := _member(group, node, axes_of(node)[0])) is not None]
+    if isinstance(layout, str) or not mine:
         return {}
     layout = replace(layout, biased=takes_shift(node))
     x, y = stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
-    moments, bias = gram.Moments(layout), bias_of(node, array.size // layout.inputs).reshape(1, 1, -1)
+    moments, bias = gram.Moments(layout), bias_of(node, array.size // layout.inputs).reshape(layout.groups, 1, -1)
     most = -(-max(ROWS, ROWS_PER_INPUT * layout.inputs) // len(x))
     for one, wanted in zip(x, y, strict=True):
         rows, values = layout.rows(one, wanted, most, rng)
         moments.add(rows, values - bias)
-    matrix = layout.matrix(array.astype(np.float64))[0]
+    matrix = layout.matrix(array.astype(np.float64))
     found = {}
-    for group in groups:
-        member = _member(group, node, axes_of(node)[0])
-        if member is None:
-            continue
+    for group, member in mine:
         shape = [1] * array.ndim
         shape[member.axis] = -1
-        spread = np.broadcast_to(member.units.reshape(shape), array.shape)
-        units = layout.matrix(spread)[0][0]  # alike for all outputs: the group is along the inputs
-        if (layout.matrix(spread)[0] == units).all():
-            found[group.name] = _Reader(node, layout, moments.gram()[0], matrix, units, moments.mean()[0])
+        spread = layout.matrix(np.broadcast_to(member.units.reshape(shape), array.shape))
+        units = spread[:, 0]  # alike for all outputs: the group is along the inputs
+        if (spread == units[:, None]).all():
+            found[group.name] = _Reader(node, layout, moments.gram(), matrix, units, moments.mean())
     return found
 
 
@@ -160,7 +168,7 @@ def _ranked(
     probe: Probe,
     probes: Sequence[float],
 ) -> Ranking:
-    each = [_weighed(reader) for reader in readers]
+    each = [one for reader in readers for one in _weighed(reader)]
     order = None
     if criterion != "obs":
         order = [int(unit) for unit in np.argsort(_scores(model, group, readers, criterion, scales), kind="stable")]
@@ -177,25 +185,26 @@ def _refitted(model: ir.Model, readers: Sequence[_Reader], removed: Sequence[int
     twin = model_io.copy(model)
     nodes, names = {node.name: node for node in twin.graph}, Names.of(twin)
     for reader in readers:
-        kept = np.flatnonzero(~np.isin(reader.units, list(removed)))
         fitted = np.zeros(reader.weight.shape)
-        cross = reader.weight @ reader.gram
-        fitted[:, kept] = pruning.refit(reader.gram, cross, kept, ridge, reader.weight)
-        array = np.ascontiguousarray(reader.layout.unmatrix(fitted[None])).astype(np.float32)
+        for new, sums, old, units in zip(fitted, reader.gram, reader.weight, reader.units, strict=True):
+            kept = np.flatnonzero(~np.isin(units, list(removed)))
+            new[:, kept] = pruning.refit(sums, old @ sums, kept, ridge, old)
+        array = np.ascontiguousarray(reader.layout.unmatrix(fitted)).astype(np.float32)
         name = names.fresh(f"{reader.node.name}_refitted")  # a weight of its own: others may share the old one
         own = add_initializer(twin.graph, name, ir.tensor(array, name=name))
         nodes[reader.node.name].replace_input_with(1, own)
         if reader.layout.biased:
-            lost = (reader.weight - fitted) @ reader.mean
+            lost = np.einsum("goi,gi->go", reader.weight - fitted, reader.mean).reshape(-1)
             shift_bias(twin.graph, nodes[reader.node.name], lost, names)
     return twin
 
 
-def _weighed(reader: _Reader) -> pruning.Reader:
-    """Return a reader whose errors count relative to what the layer gives."""
-    energy = float(np.einsum("oi,ij,oj->", reader.weight, reader.gram, reader.weight, optimize=True))
-    cross = reader.weight @ reader.gram
-    return pruning.Reader(reader.gram, cross, reader.units, 1 / energy if energy > 0 else 0.0, reader.weight)
+def _weighed(reader: _Reader) -> list[pruning.Reader]:
+    """Return a reader, one for each of its groups, whose errors count relative to what the layer gives."""
+    energy = float(np.einsum("goi,gij,goj->", reader.weight, reader.gram, reader.weight, optimize=True))
+    counts = 1 / energy if energy > 0 else 0.0
+    parts = zip(reader.gram, reader.weight, reader.units, strict=True)
+    return [pruning.Reader(sums, weight @ sums, units, counts, weight) for sums, weight, units in parts]
 
 
 def _scores(
@@ -210,7 +219,7 @@ def _scores(
     if criterion == "energy":
         for reader in readers:
             inside = reader.units >= 0
-            np.add.at(scores, reader.units[inside], np.diagonal(reader.gram)[inside])
+            np.add.at(scores, reader.units[inside], np.diagonal(reader.gram, axis1=1, axis2=2)[inside])
         return scores
     if criterion == "bn" and any(name in scales for name in group.producers):
         for member in group.members:

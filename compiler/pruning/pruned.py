@@ -66,6 +66,8 @@ def _nothing(cutting: Cutting) -> Chosen | None:
     """Return why nothing can be cut; None where something can."""
     if cutting.rankings:
         return None
+    if cutting.notes:
+        return Chosen(None, "nothing was pruned: there was no time to rank anything")
     if not cutting.structure:
         return Chosen(None, "no channel of the model can be cut")
     return Chosen(None, "nothing could be repaired behind a cut")
