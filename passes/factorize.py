@@ -1,0 +1,235 @@
+"""A layer written as a chain of smaller ones, given the factors (low_rank.py): the graph's side of factorization.
+
+    form        Conv (out, in, k…)                                             Gemm, MatMul
+    svd         k… to rank, 1x1 to out                                         to rank, to out
+    channels    1x1 to rank, k… to out                                         -
+    spatial     K x 1 to rank, 1 x K to out (two dimensions)                   -
+    tucker      1x1 to the first rank, k… to the second, 1x1 to out            -
+    cp          1x1 to rank, depthwise K x 1, depthwise 1 x K, 1x1 to out (two dimensions)     -
+
+Strides, padding and dilations go to the factor that has the kernel along that axis; padding with zeros passes through
+what comes before, which has no bias. The bias stays with the last factor, activations stay where they were.
+
+Rules
+1. A chain replaces a layer only where it has fewer weights than the layer.
+2. The chain's output has the layer's name, and so have its readers.
+
+Not touched: convolutions in groups, weights that others read or that are computed, ConvTranspose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ..compiler.types import Refusal
+from . import low_rank
+from .constants import Names, add_initializer, remove_unused, supplant
+from .low_rank import Factors
+from .shapes import infer_shapes
+
+RULE = "factorize"
+_CONV = ("svd", "channels", "spatial", "tucker", "cp")
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A form and its factors: arrays as low_rank.py has them."""
+
+    form: str
+    factors: Factors
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the factors have."""
+        return sum(array.size for array in self.factors.arrays)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form with its ranks: one number, or two (of the outputs, of the inputs) for tucker."""
+
+    form: str
+    ranks: tuple[int, ...]
+
+    def fitted(self, weight: np.ndarray, metric: np.ndarray, sweeps: int = low_rank.SWEEPS) -> Chain:
+        """Return the factors of a weight (out, in, k…) that are best in the metric, (in k…)^2, of what it reads."""
+        seen = weight.astype(np.float64)
+        return Chain(self.form, _FITS[self.form](seen, metric, self.ranks, sweeps))
+
+    def weights(self, shape: Sequence[int]) -> int:
+        """How many numbers the factors of a weight (out, in, k…) have."""
+        (out, ins, *kernel), ranks = shape, self.ranks
+        size, first = math.prod(kernel), ranks[0]
+        if self.form == "svd":
+            return first * (out + ins * size)
+        if self.form == "channels":
+            return first * (ins + out * size)
+        if self.form == "spatial":
+            return first * (ins * kernel[0] + out * kernel[1])
+        if self.form == "tucker":
+            return out * first + first * ranks[1] * size + ranks[1] * ins
+        return first * (out + ins + sum(kernel))
+
+
+def forms(shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the forms that a weight (out, in, k…) can have."""
+    kernel = shape[2:]
+    if math.prod(kernel) == 1:
+        return ("svd",)
+    flat = len(kernel) == 2 and min(kernel) > 1
+    return _CONV if flat else ("svd", "channels", "tucker")
+
+
+def composed(chain: Chain, shape: Sequence[int]) -> np.ndarray:
+    """Return the weight (out, in, k…), float64, that a chain stands for."""
+    arrays = chain.factors.arrays
+    found: np.ndarray
+    if chain.form == "svd":
+        found = np.tensordot(arrays[0], arrays[1], 1)
+    elif chain.form == "cp":
+        found = np.einsum("or,ir,yr,xr->oiyx", *arrays, optimize=True)
+    else:
+        found = np.einsum("orq,pr->opq", arrays[-2], arrays[-1], optimize=True)
+        found = np.tensordot(arrays[0], found, 1) if chain.form == "tucker" else found
+    return found.reshape(shape)
+
+
+def _in_parts(weight: np.ndarray, rows: bool = False) -> np.ndarray:
+    """Return W (out, p, q): p the channels, with `rows` and the kernel's rows."""
+    out, ins = weight.shape[:2]
+    return weight.reshape(out, ins * weight.shape[2], -1) if rows else weight.reshape(out, ins, -1)
+
+
+_FITS: Mapping[str, Callable[[np.ndarray, np.ndarray, tuple[int, ...], int], Factors]] = {
+    "svd": lambda w, h, ranks, _: low_rank.svd(w, h, ranks[0]),
+    "channels": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w), h, ranks[0], sweeps),
+    "spatial": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w, rows=True), h, ranks[0], sweeps),
+    "tucker": lambda w, h, ranks, sweeps: low_rank.tucker(_in_parts(w), h, ranks[0], ranks[1], sweeps),
+    "cp": lambda w, h, ranks, sweeps: low_rank.cp(w, h, ranks[0], sweeps=4 * sweeps),
+}
+
+# ------------------------------------------------------------------------------------------- which layers
+
+
+def objection(node: ir.Node) -> str | None:
+    """Return why a linear layer cannot be a chain; None where it can."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if weight is None or weight.const_value is None or not weight.is_initializer():
+        return "its weight is computed at run time"
+    if node.op_type == "ConvTranspose":
+        return "there is no form for ConvTranspose"
+    if node.attributes.get_int("group", 1) != 1:
+        return "it works in groups"
+    if len(weight.uses()) > 1 or weight.is_graph_output() or weight.is_graph_input():
+        return "its weight is shared"
+    if len(weight.const_value.shape) < 2 or (node.op_type == "MatMul" and len(weight.const_value.shape) != 2):
+        return "its weight is no matrix"
+    if node.op_type == "Gemm" and (
+        node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1
+    ):
+        return "transA or alpha is set"
+    return None
+
+
+def as_matrix(node: ir.Node, weight: np.ndarray) -> np.ndarray:
+    """Return a layer's weight as (out, in, k…)."""
+    turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
+    return weight.T if turned else weight
+
+
+# ------------------------------------------------------------------------------------------- the graph
+
+
+def factorized(model: ir.Model, chains: Mapping[str, Chain]) -> ir.Model:
+    """Return `model` with these layers, by node name, as chains; `model` is not changed."""
+    twin = model.clone()
+    names, old = Names.of(twin), list(twin.graph.initializers.values())
+    for node in list(twin.graph):
+        if node.name and node.name in chains:
+            _replace(twin.graph, node, chains[node.name], names)
+    remove_unused(old)
+    fault = infer_shapes(twin)
+    assert fault is None, f"the chains contradict the graph: {fault}"
+    return twin
+
+
+def _replace(graph: ir.Graph, node: ir.Node, chain: Chain, names: Names) -> None:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    shape, dtype = as_matrix(node, weight.const_value.numpy()).shape, weight.const_value.dtype
+    links = _links(node, chain, shape)
+    value, made = node.inputs[0], list[ir.Node]()
+    for i, (array, attributes) in enumerate(links):
+        last = i == len(links) - 1
+        name = names.fresh(f"{node.name}_{chain.form}{i}")
+        stored = ir.tensor(np.ascontiguousarray(array).astype(dtype.numpy()), name=f"{name}_weight")
+        inputs = [value, add_initializer(graph, f"{name}_weight", stored), *(node.inputs[2:] if last else ())]
+        if last and node.op_type == "Gemm" and "beta" in node.attributes:
+            attributes = [*attributes, node.attributes["beta"]]
+        made.append(ir.Node("", node.op_type, inputs, attributes, name=node.name if last else name))
+        value = made[-1].outputs[0]
+        value.name = names.fresh(f"{name}_out")
+    graph.insert_before(node, made)
+    supplant(node.outputs[0], made[-1].outputs[0])
+    graph.remove(node, safe=True)
+
+
+_Link = tuple[np.ndarray, list[ir.Attr]]
+
+
+def _links(node: ir.Node, chain: Chain, shape: Sequence[int]) -> list[_Link]:
+    """Return the weight and the attributes of each layer of a chain, the first to run first."""
+    arrays = chain.factors.arrays
+    if node.op_type == "MatMul":
+        return [(array.T, []) for array in reversed(arrays)]
+    if node.op_type == "Gemm":
+        return [(array, [ir.AttrInt64("transB", 1)]) for array in reversed(arrays)]
+    (_, ins, *kernel), rank = shape, arrays[-1].shape[-1]
+    point = [1] * len(kernel)
+    one, whole = _attributes(node, kernel, ()), _attributes(node, kernel, range(len(kernel)))
+    if chain.form == "svd":
+        last, first = arrays
+        return [(first.reshape(-1, ins, *kernel), whole), (last.reshape(*last.shape, *point), one)]
+    if chain.form == "cp":
+        last, first, rows, columns = arrays
+        alone = [ir.AttrInt64("group", rank)]
+        return [
+            (first.T.reshape(rank, ins, 1, 1), one),
+            (rows.T.reshape(rank, 1, -1, 1), [*_attributes(node, kernel, (0,)), *alone]),
+            (columns.T.reshape(rank, 1, 1, -1), [*_attributes(node, kernel, (1,)), *alone]),
+            (last.reshape(*last.shape, 1, 1), one),
+        ]
+    if chain.form == "spatial":
+        core, first = arrays
+        tall = first.T.reshape(rank, ins, kernel[0], 1)
+        return [(tall, _attributes(node, kernel, (0,))), (core[:, :, None], _attributes(node, kernel, (1,)))]
+    core, first = arrays[-2:]
+    links = [(first.T.reshape(rank, ins, *point), one), (core.reshape(*core.shape[:2], *kernel), whole)]
+    return links if chain.form == "channels" else [*links, (arrays[0].reshape(*arrays[0].shape, *point), one)]
+
+
+def _attributes(node: ir.Node, kernel: Sequence[int], along: Sequence[int]) -> list[ir.Attr]:
+    """Return the attributes of a Conv that has the layer's kernel along some axes, and 1 along the others."""
+    rank = len(kernel)
+    found = [ir.AttrInt64s("kernel_shape", [k if axis in along else 1 for axis, k in enumerate(kernel)])]
+    for name, neutral in (("strides", 1), ("dilations", 1), ("pads", 0)):
+        values = node.attributes.get_ints(name)
+        if values is not None:
+            kept = [value if axis % rank in along else neutral for axis, value in enumerate(values)]
+            found.append(ir.AttrInt64s(name, kept))
+    if "auto_pad" in node.attributes and along:
+        found.append(node.attributes["auto_pad"])
+    return found
+
+
+def refusals(model: ir.Model) -> tuple[Refusal, ...]:
+    """Return the layers that cannot be chains, and why."""
+    found = (
+        (node, objection(node)) for node in model.graph if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    )
+    return tuple(Refusal(node.name or node.op_type, RULE, why) for node, why in found if why is not None)

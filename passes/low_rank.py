@@ -1,0 +1,286 @@
+"""Layers as chains of smaller ones, fitted to what they read and give. Pure numpy, float64.
+
+Algebra. A layer reads rows of X (n, in) and gives Y = X W'. Any other weight V of its shape errs by
+
+    |X (W - V)'|^2 = tr (W - V) H (W - V)'          H = X'X  (with a ridge: H + r I, r = ridge * mean of H's diagonal)
+
+so H is all that is needed of the images. Of W, seen as W[o, p, q] with the inputs (p, q) in two parts, there are
+
+    svd       V = A B             A (out, r), B (r, in): the layer itself with r outputs, then 1x1
+              the best A are the first r eigenvectors of W H W', B = A'W: the truncated singular value decomposition of
+              W H^1/2 (Zhang et al. 2016, "Accelerating very deep convolutional networks"; Eckart, Young 1936)
+    reduced   V[o, p, q] = sum over r of C[o, r, q] B[p, r]           B first, along p alone; then C
+              p the channels, q the kernel: 1x1 to r channels, then the kernel
+              p the channels and the kernel's rows, q its columns: K x 1, then 1 x K (Jaderberg et al. 2014,
+              "Speeding up convolutional neural networks with low rank expansions")
+    tucker    V[o, p, q] = sum over s, r of A[o, s] C[s, r, q] B[p, r]       1x1, the kernel, 1x1 (Kim et al. 2016,
+              "Compression of deep convolutional neural networks for fast and low power mobile applications")
+    cp        V[o, i, y, x] = sum over r of A[o, r] B[i, r] c[y, r] d[x, r]   1x1, depthwise K x 1, 1 x K, 1x1 (Lebedev
+              et al. 2015, "Speeding-up convolutional neural networks using fine-tuned CP-decomposition")
+
+`svd` has its optimum in closed form. The others are found by alternating least squares: given all factors but one the
+error is a quadratic of that one, in which it is solved for; so the error never rises. Started from the eigenvectors of
+W's part along p (HOSVD; De Lathauwer et al. 2000), with H's mean over q as the metric.
+
+CP may diverge, with factors that grow against each other; so each factor is pulled to 0 with a weight relative to its
+own normal matrix, and columns are brought to one length after each sweep (Phan et al. 2020, "Stable low-rank tensor
+decomposition for compression of convolutional neural network").
+
+What stands between two factors is scaled so that each gets the root of a component's strength: INT8 afterwards sees no
+weight or channel that dwarfs the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Ridge that H gets: channels that are always 0 have no inverse.
+RIDGE = 1e-6
+#: Sweeps of alternating least squares, and steps of conjugate gradients within one.
+SWEEPS, _STEPS = 8, 12
+#: Pull of CP's factors to 0, relative to the mean diagonal of their normal matrices.
+_PULL = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A chain that stands for a weight: `arrays` as in the header, first applied last in the name, and its `error`.
+
+    svd (A, B); reduced (C, B); tucker (A, C, B); cp (A, B, c, d). `error` is relative to tr W H W'.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    error: float
+
+
+def ridged(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
+    """Return H with the ridge; the identity for a layer that reads nothing but zeros."""
+    energy = float(np.trace(gram)) / len(gram)
+    return np.eye(len(gram)) if energy <= 0 else gram + ridge * energy * np.eye(len(gram))
+
+
+def error_of(weight: np.ndarray, other: np.ndarray, metric: np.ndarray) -> float:
+    """Return tr (W - V) H (W - V)' over tr W H W'; 0 for a layer that gives nothing."""
+    flat, lost = weight.reshape(len(weight), -1), (weight - other).reshape(len(weight), -1)
+    energy = float(np.vdot(flat @ metric, flat))
+    return float(np.vdot(lost @ metric, lost)) / energy if energy > 0 else 0.0
+
+
+# ------------------------------------------------------------------------------------------- svd
+
+
+def spectrum(weight: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the eigenvalues of W H W', descending, and its eigenvectors (out, out) as columns."""
+    flat = weight.reshape(len(weight), -1)
+    values, vectors = np.linalg.eigh(flat @ metric @ flat.T)
+    return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+
+
+def svd_errors(weight: np.ndarray, metric: np.ndarray) -> np.ndarray:
+    """Return the relative error of the best `svd` of rank 0, 1, …, out."""
+    values, _ = spectrum(weight, metric)
+    total = float(values.sum())
+    left = np.concatenate([np.cumsum(values[::-1])[::-1], [0.0]])
+    return left / total if total > 0 else np.zeros(len(left))
+
+
+def svd(weight: np.ndarray, metric: np.ndarray, rank: int) -> Factors:
+    """Return A (out, rank) and B (rank, in…) of the least error."""
+    values, vectors = spectrum(weight, metric)
+    strength = values[:rank] ** 0.25  # a component's output has the root of its eigenvalue; half of it to each side
+    strength = np.where(strength > 0, strength, 1.0)
+    left = vectors[:, :rank]
+    inner = left.T @ weight.reshape(len(weight), -1)
+    found = (left * strength, (inner / strength[:, None]).reshape(rank, *weight.shape[1:]))
+    return Factors(found, error_of(weight, np.tensordot(*found, 1), metric))
+
+
+# ------------------------------------------------------------------------------------------- two parts of the inputs
+
+
+def reduced(weight: np.ndarray, metric: np.ndarray, rank: int, sweeps: int = SWEEPS) -> Factors:
+    """Return C (out, rank, q) and B (p, rank) of W (out, p, q), by alternating least squares."""
+    first = _start(weight, metric, rank)
+    core = _core(weight, metric, first)
+    for _ in range(sweeps):
+        first = np.linalg.qr(_first(weight, metric, core, first))[0]
+        core = _core(weight, metric, first)
+    return Factors(_balanced(core, first, metric), error_of(weight, _joined(core, first), metric))
+
+
+def tucker(weight: np.ndarray, metric: np.ndarray, outputs: int, inputs: int, sweeps: int = SWEEPS) -> Factors:
+    """Return A (out, outputs), C (outputs, inputs, q) and B (p, inputs) of W (out, p, q) (HOOI in the metric of H)."""
+    last = spectrum(weight, metric)[1][:, :outputs]
+    first = _start(np.tensordot(last.T, weight, 1), metric, inputs)
+    for sweep in range(sweeps + 1):
+        whole = _core(weight, metric, first)
+        inner = _inner(metric, first)
+        last = spectrum(whole, inner)[1][:, :outputs]
+        core = np.tensordot(last.T, whole, 1)
+        if sweep < sweeps:
+            target = np.tensordot(last.T, weight, 1)
+            first = np.linalg.qr(_first(target, metric, core, first))[0]
+    error = error_of(weight, np.tensordot(last, _joined(core, first), 1), metric)
+    core, first = _balanced(core, first, metric)
+    strength = np.sqrt(np.linalg.norm(core.reshape(outputs, -1), axis=1))
+    strength = np.where(strength > 0, strength, 1.0)
+    return Factors((last * strength, core / strength[:, None, None], first), error)
+
+
+def _start(weight: np.ndarray, metric: np.ndarray, rank: int) -> np.ndarray:
+    """Return the first eigenvectors along p, (p, rank), with H's mean over q as the metric: orthonormal."""
+    _, p, q = weight.shape
+    mean = np.einsum("aqbq->ab", metric.reshape(p, q, p, q)) / q
+    values, vectors = np.linalg.eigh(mean)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    along = weight.swapaxes(0, 1).reshape(p, -1)
+    white = root @ along
+    left = np.linalg.eigh(white @ white.T)[1][:, ::-1][:, :rank]
+    back = np.linalg.lstsq(root, left, rcond=1e-10)[0]  # what the rows of W in this metric are projected on
+    found: np.ndarray = np.linalg.qr(back)[0] if np.isfinite(back).all() else left
+    return found
+
+
+def _inner(metric: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Return the metric of what B gives, (rank q, rank q)."""
+    p, rank = first.shape
+    q = len(metric) // p
+    half = np.tensordot(first.T, metric.reshape(p, q, p * q), 1).reshape(rank * q, p, q)
+    inner = np.einsum("apq,pr->arq", half, first, optimize=True).reshape(rank * q, rank * q)
+    return (inner + inner.T) / 2
+
+
+def _core(weight: np.ndarray, metric: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Return the best C (out, rank, q), B being given."""
+    p, rank = first.shape
+    out, _, q = weight.shape
+    given = (weight.reshape(out, -1) @ metric).reshape(out, p, q)
+    right = np.einsum("opq,pr->orq", given, first, optimize=True).reshape(out, rank * q)
+    inner = _inner(metric, first)
+    found: np.ndarray = _solved(inner, right.T).T.reshape(out, rank, q)
+    return found
+
+
+def _first(weight: np.ndarray, metric: np.ndarray, core: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Return a better B (p, rank), C being given: conjugate gradients from `start`, so the error never rises."""
+    out, p, q = weight.shape
+    blocks, crossed = metric.reshape(p, q, p, q), np.tensordot(core, core, (0, 0))  # (rank, q, rank, q)
+    given = (weight.reshape(out, -1) @ metric).reshape(out, p, q)
+    right = np.einsum("opq,orq->pr", given, core, optimize=True)
+
+    def applied(b: np.ndarray) -> np.ndarray:
+        spread = np.einsum("bs,rqst->brqt", b, crossed, optimize=True)
+        return np.einsum("aqbt,brqt->ar", blocks, spread, optimize=True)
+
+    found, left = start.copy(), right - applied(start)
+    direction, energy = left.copy(), float(np.vdot(left, left))
+    least = 1e-18 * max(float(np.vdot(right, right)), 1e-300)
+    for _ in range(_STEPS):
+        if energy <= least:
+            break
+        image = applied(direction)
+        step = energy / max(float(np.vdot(direction, image)), 1e-300)
+        found += step * direction
+        left -= step * image
+        before, energy = energy, float(np.vdot(left, left))
+        direction = left + energy / before * direction
+    return found
+
+
+def _balanced(core: np.ndarray, first: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return C and B turned to the principal axes of what B gives, half of each axis' strength on either side."""
+    rank = first.shape[1]
+    q = core.shape[2]
+    inner = _inner(metric, first).reshape(rank, q, rank, q)
+    values, turn = np.linalg.eigh(np.einsum("aqbq->ab", inner) / q)
+    turn = turn[:, ::-1]
+    turned = np.einsum("orq,rs->osq", core, turn, optimize=True)
+    made = np.sqrt(np.maximum(values[::-1], 0.0))
+    read = np.linalg.norm(turned.swapaxes(0, 1).reshape(rank, -1), axis=1)
+    strength = np.where((made > 0) & (read > 0), np.sqrt(read / np.where(made > 0, made, 1.0)), 1.0)
+    strength = np.where(strength > 0, strength, 1.0)
+    return turned / strength[:, None], (first @ turn) * strength
+
+
+def _joined(core: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Return V (out, p, q)."""
+    found: np.ndarray = np.einsum("orq,pr->opq", core, first, optimize=True)
+    return found
+
+
+def _solved(normal: np.ndarray, right: np.ndarray, pull: float = RIDGE) -> np.ndarray:
+    """Solve normal equations; directions of no weight stay 0."""
+    scale = float(np.trace(normal)) / len(normal)
+    if scale <= 0:
+        return np.zeros_like(right)
+    found: np.ndarray = np.linalg.solve(normal + pull * scale * np.eye(len(normal)), right)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- cp
+
+
+def cp(weight: np.ndarray, metric: np.ndarray, rank: int, *, sweeps: int = 4 * SWEEPS, seed: int = 0) -> Factors:
+    """Return A (out, rank), B (in, rank), c (rows, rank) and d (columns, rank) of W (out, in, rows, columns)."""
+    rng = np.random.default_rng(seed)
+    modes = [_leading(weight, mode, rank, rng) for mode in range(4)]
+    best: tuple[float, tuple[np.ndarray, ...]] = (np.inf, tuple(modes))
+    given = (weight.reshape(len(weight), -1) @ metric).reshape(weight.shape)
+    for _ in range(sweeps):
+        for mode in range(1, 4):
+            modes[mode] = _mode(given, metric, modes, mode)
+        parts = _spread(modes[1:], weight.shape[1:])
+        modes[0] = _solved(parts.T @ metric @ parts, parts.T @ given.reshape(len(weight), -1).T, _PULL).T
+        modes = _one_length(modes)
+        error = error_of(weight, _composed(modes), metric)
+        if error < best[0]:
+            best = (error, tuple(m.copy() for m in modes))
+    return Factors(best[1], best[0])
+
+
+def _leading(weight: np.ndarray, mode: int, rank: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the first singular vectors along a mode; random columns beyond them."""
+    flat = np.moveaxis(weight, mode, 0).reshape(weight.shape[mode], -1)
+    vectors = np.linalg.eigh(flat @ flat.T)[1][:, ::-1][:, :rank]
+    more = rng.normal(size=(weight.shape[mode], rank - vectors.shape[1])) / np.sqrt(weight.shape[mode])
+    return np.concatenate([vectors, more], axis=1)
+
+
+def _spread(modes: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """Return the Khatri-Rao product of B, c and d: (in rows columns, rank)."""
+    found: np.ndarray = np.einsum("ir,yr,xr->iyxr", *modes, optimize=True).reshape(int(np.prod(shape)), -1)
+    return found
+
+
+def _composed(modes: Sequence[np.ndarray]) -> np.ndarray:
+    found: np.ndarray = np.einsum("or,ir,yr,xr->oiyx", *modes, optimize=True)
+    return found
+
+
+def _mode(given: np.ndarray, metric: np.ndarray, modes: Sequence[np.ndarray], mode: int) -> np.ndarray:
+    """Return the best B, c or d, the others being given."""
+    out, _, rank = modes[0], modes[mode], modes[0].shape[1]
+    letters = "iyx"
+    mine, sizes = letters[mode - 1], [len(m) for m in modes[1:]]
+    others = [(letter, m) for letter, m in zip(letters, modes[1:], strict=True) if letter != mine]
+    terms = ",".join(f"{letter}r" for letter, _ in others)
+    right = np.einsum(f"oiyx,or,{terms}->{mine}r", given, out, *(m for _, m in others), optimize=True)
+    upper = letters.upper()
+    also = ",".join(f"{letter.upper()}s" for letter, _ in others)
+    normal = np.einsum(
+        f"{letters}{upper},{terms},{also},rs->{mine}r{mine.upper()}s",
+        metric.reshape(*sizes, *sizes), *(m for _, m in others), *(m for _, m in others), out.T @ out, optimize=True,
+    )  # fmt: skip
+    size = sizes[mode - 1] * rank
+    return _solved(normal.reshape(size, size), right.reshape(size), _PULL).reshape(sizes[mode - 1], rank)
+
+
+def _one_length(modes: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the same components with columns of one length in all modes."""
+    lengths = np.array([np.linalg.norm(mode, axis=0) for mode in modes])
+    whole = np.prod(lengths, axis=0) ** (1 / len(modes))
+    return [mode * np.where(length > 0, whole / np.where(length > 0, length, 1.0), 0.0)
+            for mode, length in zip(modes, lengths, strict=True)]  # fmt: skip
