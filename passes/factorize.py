@@ -110,7 +110,7 @@ _FITS: Mapping[str, Callable[[np.ndarray, np.ndarray, tuple[int, ...], int], Fac
     "channels": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w), h, ranks[0], sweeps),
     "spatial": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w, rows=True), h, ranks[0], sweeps),
     "tucker": lambda w, h, ranks, sweeps: low_rank.tucker(_in_parts(w), h, ranks[0], ranks[1], sweeps),
-    "cp": lambda w, h, ranks, sweeps: low_rank.cp(w, h, ranks[0], sweeps=4 * sweeps),
+    "cp": lambda w, h, ranks, sweeps: low_rank.cp(w, h, ranks[0], sweeps=4 + 4 * sweeps),
 }
 
 # ------------------------------------------------------------------------------------------- which layers
@@ -129,9 +129,8 @@ def objection(node: ir.Node) -> str | None:
         return "its weight is shared"
     if len(weight.const_value.shape) < 2 or (node.op_type == "MatMul" and len(weight.const_value.shape) != 2):
         return "its weight is no matrix"
-    if node.op_type == "Gemm" and (
-        node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1
-    ):
+    turned, scale = node.attributes.get_int("transA", 0), node.attributes.get_float("alpha", 1.0)
+    if node.op_type == "Gemm" and (turned or scale != 1.0):
         return "transA or alpha is set"
     return None
 

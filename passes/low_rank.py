@@ -32,7 +32,7 @@ weight or channel that dwarfs the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,7 +150,8 @@ def _inner(metric: np.ndarray, first: np.ndarray) -> np.ndarray:
     q = len(metric) // p
     half = np.tensordot(first.T, metric.reshape(p, q, p * q), 1).reshape(rank * q, p, q)
     inner = np.einsum("apq,pr->arq", half, first, optimize=True).reshape(rank * q, rank * q)
-    return (inner + inner.T) / 2
+    found: np.ndarray = (inner + inner.T) / 2
+    return found
 
 
 def _core(weight: np.ndarray, metric: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -173,8 +174,14 @@ def _first(weight: np.ndarray, metric: np.ndarray, core: np.ndarray, start: np.n
 
     def applied(b: np.ndarray) -> np.ndarray:
         spread = np.einsum("bs,rqst->brqt", b, crossed, optimize=True)
-        return np.einsum("aqbt,brqt->ar", blocks, spread, optimize=True)
+        found: np.ndarray = np.einsum("aqbt,brqt->ar", blocks, spread, optimize=True)
+        return found
 
+    return _descended(applied, right, start)
+
+
+def _descended(applied: Callable[[np.ndarray], np.ndarray], right: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Return what some steps of conjugate gradients make of `start`, towards applied(x) = right."""
     found, left = start.copy(), right - applied(start)
     direction, energy = left.copy(), float(np.vdot(left, left))
     least = 1e-18 * max(float(np.vdot(right, right)), 1e-300)
@@ -230,7 +237,8 @@ def cp(weight: np.ndarray, metric: np.ndarray, rank: int, *, sweeps: int = 4 * S
     best: tuple[float, tuple[np.ndarray, ...]] = (np.inf, tuple(modes))
     given = (weight.reshape(len(weight), -1) @ metric).reshape(weight.shape)
     for _ in range(sweeps):
-        for mode in range(1, 4):
+        modes[1] = _channels(given, metric, modes)
+        for mode in (2, 3):
             modes[mode] = _mode(given, metric, modes, mode)
         parts = _spread(modes[1:], weight.shape[1:])
         modes[0] = _solved(parts.T @ metric @ parts, parts.T @ given.reshape(len(weight), -1).T, _PULL).T
@@ -260,8 +268,25 @@ def _composed(modes: Sequence[np.ndarray]) -> np.ndarray:
     return found
 
 
+def _channels(given: np.ndarray, metric: np.ndarray, modes: Sequence[np.ndarray]) -> np.ndarray:
+    """Return a better B, the others being given: its normal matrix, (in rank)^2, is never made."""
+    last, first, rows, columns = modes
+    kernel = np.einsum("yr,xr->yxr", rows, columns).reshape(-1, last.shape[1])
+    ins, size, crossed = len(first), len(kernel), last.T @ last
+    right = np.einsum("oiq,or,qr->ir", given.reshape(len(given), ins, size), last, kernel, optimize=True)
+    strength = float(np.trace(metric)) / len(metric) * float(np.trace(crossed)) / len(crossed)
+    pull = _PULL * strength * float(np.square(kernel).sum(axis=0).mean())
+
+    def applied(b: np.ndarray) -> np.ndarray:
+        spread = (b[:, None] * kernel).reshape(ins * size, -1) @ crossed
+        found: np.ndarray = ((metric @ spread).reshape(ins, size, -1) * kernel).sum(axis=1) + pull * b
+        return found
+
+    return _descended(applied, right, first)
+
+
 def _mode(given: np.ndarray, metric: np.ndarray, modes: Sequence[np.ndarray], mode: int) -> np.ndarray:
-    """Return the best B, c or d, the others being given."""
+    """Return the best c or d, the others being given."""
     out, _, rank = modes[0], modes[mode], modes[0].shape[1]
     letters = "iyx"
     mine, sizes = letters[mode - 1], [len(m) for m in modes[1:]]

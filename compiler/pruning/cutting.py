@@ -18,6 +18,7 @@ from . import allocation, importance
 from .branch_ranking import rank_branches
 from .costs import Costs
 from .images import repair_feeds
+from .probe import Probe
 from .repair import repaired
 from .structure import Structure
 from .swaps import swapped
@@ -122,9 +123,21 @@ class Cutting:
         """How many units of each group go at a time."""
         return steps_of(self.structure.groups, self.this.profile.kind)
 
-    def proposed(self, costs: Costs, saved: float) -> dict[str, list[int]]:
-        """Return the units that go, so that the part `saved` of the cost does, or as much as there is."""
-        return proposed(self.structure, costs, self.rankings, saved, self.steps)
+    def proposed(self, costs: Costs, saved: float, whole: bool = True) -> dict[str, list[int]]:
+        """Return the units that go, so that the part `saved` of the cost does, or as much as there is.
+
+        Branches only where they may go as a `whole`.
+        """
+        branches = () if whole else {branch.name for branch in self.structure.branches}
+        rankings = {name: ranking for name, ranking in self.rankings.items() if name not in branches}
+        return proposed(self.structure, costs, rankings, saved, self.steps)
+
+    def closest(self, several: Sequence[Made]) -> Made:
+        """Return the one whose outputs err least on the calibration images."""
+        if len(several) == 1:
+            return several[0]
+        probe = Probe(self.model, self.feeds, self.this.threads)
+        return min(several, key=lambda made: probe.error(made.candidate.model))
 
     def made(self, removed: Mapping[str, Sequence[int]], work: Path, name: str) -> Made | str:
         """Return the network without these units, as files in `work`; or why there is none."""

@@ -21,6 +21,7 @@ from ..candidates import Candidate, save
 from ..types import Attempt, Fidelity, PruneTrial
 from .cutting import Cutting, Made
 from .latencies import Pricing
+from .probe import is_large
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -33,6 +34,8 @@ _CLOSE = 0.04
 _AIM, _ENOUGH = 1.005, 1.03
 #: Two races of the same network differ by so much: a part of the time that is named is saved within this.
 _ALIKE = 0.99
+#: What takes this much longer saves as much.
+_AS_MUCH = 1.02
 #: Where the next cut would be the same one, the aim goes further by this.
 _FURTHER = 1.02
 #: So much faster than a stated latency needs: milliseconds drift with the machine, and are measured once more.
@@ -142,10 +145,26 @@ class Race:
     def _cut(self, part: float, removed: dict[str, list[int]] | None = None) -> Made | str:
         """Return a cut that is foretold to save the part, or what can be saved, of the time; or why there is none."""
         removed = self._proposed(part) if removed is None else removed
-        made = self.cutting.made(removed, self.work, f"pruned {100 * part:.3g}% of the time")
-        if not isinstance(made, str):
-            self.made.append(made)
-        return made
+        proposals = [removed, *self._without_branches(part, removed)]
+        names = (f"pruned {100 * part:.3g}% of the time{', channels only' if i else ''}" for i in range(2))
+        found = [self.cutting.made(one, self.work, name) for one, name in zip(proposals, names, strict=False)]
+        made = [one for one in found if isinstance(one, Made)]
+        if not made:
+            return str(found[0])
+        self.made.append(self.cutting.closest(made))
+        return self.made[-1]
+
+    def _without_branches(self, part: float, removed: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+        """Return what is proposed if branches stay, where some go and this saves as much.
+
+        What two branches cost together is not the sum of what they cost alone: the repaired networks tell.
+        """
+        _, branches = self.cutting.structure.split(removed)
+        if not branches or is_large(self.cutting.model):
+            return []
+        other = self.prices.settled(lambda costs: self.cutting.proposed(costs, part, whole=False))
+        costs = self.prices.costs()
+        return [other] if other and costs.of(other) <= _AS_MUCH * costs.of(removed) else []
 
     def _proposed(self, part: float) -> dict[str, list[int]]:
         return self.prices.settled(lambda costs: self.cutting.proposed(costs, part))
