@@ -149,12 +149,17 @@ def main() -> None:
     help="Cut channels, and repair what is left on the images of --calib: a part of the MACs, parameters or latency.",
 )
 @click.option(
+    "--low-rank",
+    metavar="auto|30%|macs:30%|latency:20%",
+    help="Make chains of smaller layers, fitted to the images of --calib; a part of parameters, MACs or latency goes.",
+)
+@click.option(
     "--for",
     "goal",
     type=click.Choice(parse.GOALS),
     default="latency",
     show_default=True,
-    help="What --prune auto looks for: what is measured to be faster, or the smallest that holds the quality.",
+    help="What auto looks for in --prune and --low-rank: what is measured to be faster, or the smallest that holds.",
 )
 @click.option(
     "--time-budget", metavar="TIME", help="End the search after so long, e.g. 2min; run again, it goes on from there."

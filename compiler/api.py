@@ -10,7 +10,7 @@ from . import devices as device_table
 from .bundle import Bundle, open_bundle
 from .errors import UnavailableError
 from .inspection import inspect
-from .options import Options, parse_prune, parse_steps
+from .options import Options, parse_low_rank, parse_prune, parse_steps
 from .types import Budget, DeviceProfile, Fidelity, Inspection, Measurement, Progress, Range, Report, Robustness, silent
 
 __all__ = [
@@ -47,6 +47,7 @@ def compile(
     degrade: str = "clean",
     robust: bool = False,
     prune: str | None = None,
+    low_rank: str | None = None,
     goal: str = "latency",
     max_drop: float | None = None,
     max_latency_ms: float | None = None,
@@ -84,6 +85,7 @@ def compile(
         degrade=degrade,
         robust=robust,
         prune=None if prune is None else parse_prune(prune),
+        low_rank=None if low_rank is None else parse_low_rank(low_rank),
         goal=goal,
         budget=budget,
         time_budget=time_budget,

@@ -25,7 +25,7 @@ from .closing import State
 from .errors import BudgetError
 from .explanation.explain import annotate, explain
 from .job import Job
-from .options import Options, Prune
+from .options import Options, Saving
 from .proof import Prover
 from .report import text
 from .types import (
@@ -42,6 +42,7 @@ from .types import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from .low_rank.factorized import Factorized
     from .pruning.pruned import Pruned
 
 
@@ -105,6 +106,7 @@ def _compile(
         seed=options.seed,
         robust=found.robust,
         pruning=None if cut is None else cut.pruning,
+        low_rank=None if tried.low is None else tried.low.summary,
     )
     report = replace(report, headline=text.headline(report))
     _write(this, chosen, baseline, report, staged)
@@ -123,6 +125,7 @@ class _Explored:
     chosen: Candidate
     attempt: Attempt
     cut: Pruned | None = None
+    low: Factorized | None = None
 
 
 def _explored(
@@ -131,43 +134,52 @@ def _explored(
     baseline: Candidate,
     scheme: QuantScheme | None,
     prover: Prover,
-    request: Prune | None,
+    requests: tuple[Saving | None, Saving | None],
     before: _Explored | None = None,
 ) -> _Explored:
-    """Prune if that is asked for, quantize, measure, judge and choose; where nothing is cut, `before` stands."""
-    options, base, cut = this.options, baseline, None
-    if request is not None:
+    """Prune and factorize if asked to, quantize, measure, judge and choose; where nothing is cut, `before` stands."""
+    options, base, cut, low = this.options, baseline, None, None
+    prune_by, low_rank_by = requests
+    if prune_by is not None:
         from .pruning.pruned import prune  # scipy: heavy
 
-        cut = prune(this, model, baseline, baseline.path.parent, request)
-        base, prover = cut.base, prover if cut.base is baseline else Prover(cut.base.model, verify=options.verify)
-        if before is not None and base is baseline:
-            return replace(before, cut=cut)
+        cut = prune(this, model, baseline, baseline.path.parent, prune_by)
+        base = cut.base
+    if low_rank_by is not None:
+        from .low_rank.factorized import low_rank  # scipy: heavy
+
+        low = low_rank(this, base, baseline.path.parent, low_rank_by)
+        base = low.base
+    if before is not None and base is baseline:
+        return replace(before, cut=cut, low=low)
+    prover = prover if base is baseline else Prover(base.model, verify=options.verify)
     found = lossy(this, base.model, scheme, prover, base.path)
     this = found.this or this
-    first = (baseline, *(cut.tried if cut is not None else ()), *found.candidates)
+    smaller = [*(cut.tried if cut is not None else ()), *(low.tried if low is not None else ())]
+    first = (baseline, *[c for c in smaller if c is base], *found.candidates)
     tried = State(first, trials.measure(this, first), trials.judge(this, first), base.name)
     state = closing.close(this, found, tried, baseline.path.parent)
     attempts = guard.choose(
         [state.attempt(c) for c in state.candidates],
         options.budget,
-        named=_named(options, request),
-        unasked=_whole(options, request, base is not baseline),
+        named=_named(options, requests),
+        unasked=_whole(options, requests, base is not baseline),
     )
     chosen, attempt = next((c, a) for c, a in zip(state.candidates, attempts, strict=True) if a.chosen)
-    return _Explored(this, base, found, state, attempts, chosen, attempt, cut)
+    return _Explored(this, base, found, state, attempts, chosen, attempt, cut, low)
 
 
 def _tried(this: Job, model: ir.Model, baseline: Candidate, scheme: QuantScheme | None, prover: Prover) -> _Explored:
     """Return the cut network if a cut was asked for, or is shown to pay; else the whole one."""
     explored = functools.partial(_explored, this, model, baseline, scheme, prover)
-    options = this.options
-    if options.prune is not None and (options.prune.saved or options.goal == "size"):
-        return explored(options.prune)
-    whole = explored(None)
-    if options.prune is None and not _too_slow(this, whole.attempt):
-        return whole
-    return _better(whole, explored(options.prune or Prune("auto"), whole))
+    options, asked = this.options, (this.options.prune, this.options.low_rank)
+    named = any(request is not None and request.saved for request in asked)
+    if named or (any(asked) and options.goal == "size"):
+        return explored(asked)
+    whole = explored((None, None))
+    if any(asked):
+        return _better(whole, explored(asked, whole))
+    return _better(whole, explored((Saving("auto"), None), whole)) if _too_slow(this, whole.attempt) else whole
 
 
 def _too_slow(this: Job, attempt: Attempt) -> bool:
@@ -177,13 +189,18 @@ def _too_slow(this: Job, attempt: Attempt) -> bool:
 
 
 def _better(whole: _Explored, cut: _Explored) -> _Explored:
-    """Return what was cut if it holds a stated latency, or comes nearer; or, without one, is shown to be faster."""
-    if cut.cut is None or not cut.cut.pruning.kept:
+    """Return what was made smaller if it holds a stated latency, or comes nearer; or, without one, is faster."""
+    if cut.base is whole.base:
         return cut
     why = _late(whole, cut) if whole.this.options.budget.max_latency_ms is not None else _no_faster(whole, cut)
     if why is None:
         return cut
-    return replace(whole, cut=replace(cut.cut, pruning=replace(cut.cut.pruning, kept=False, why=why)))
+    pruned, low = cut.cut, cut.low
+    if pruned is not None and pruned.pruning.kept:
+        pruned = replace(pruned, pruning=replace(pruned.pruning, kept=False, why=why))
+    if low is not None and low.summary.kept:
+        low = replace(low, summary=replace(low.summary, kept=False, why=why))
+    return replace(whole, cut=pruned, low=low)
 
 
 def _late(whole: _Explored, cut: _Explored) -> str | None:
@@ -195,7 +212,7 @@ def _late(whole: _Explored, cut: _Explored) -> str | None:
         return None
     tried = [a for a in cut.attempts[1:] if a.measurement.median_ms is not None] or [cut.attempt]
     best = min(tried, key=lambda a: a.measurement.median_ms or math.inf)
-    return f"cut for the stated latency, but {best.name} of the cut network {best.verdict}; nothing was pruned"
+    return f"cut for the stated latency, but {best.name} of the cut network {best.verdict}; nothing was cut"
 
 
 def _no_faster(whole: _Explored, cut: _Explored) -> str | None:
@@ -205,19 +222,19 @@ def _no_faster(whole: _Explored, cut: _Explored) -> str | None:
     if found.speedup_low is None or found.speedup_low > guard.MARGIN:
         return None
     speed = text.ratio(found.speedup)
-    return f"pruning does not pay here: the best of the cut network is {speed} as fast as that of the whole one"
+    return f"it does not pay here: the best of the smaller network is {speed} as fast as that of the whole one"
 
 
-def _named(options: Options, request: Prune | None) -> str | None:
+def _named(options: Options, requests: tuple[Saving | None, Saving | None]) -> str | None:
     """Return the precision that is kept to; where cuts are tried out in floats, the fastest is looked for."""
-    tried = request is not None and not request.saved
+    tried = any(requests) and not any(request is not None and request.saved for request in requests)
     return None if options.precision == "auto" or (tried and options.precision == "fp32") else options.precision
 
 
-def _whole(options: Options, request: Prune | None, pruned: bool) -> int:
+def _whole(options: Options, requests: tuple[Saving | None, Saving | None], smaller: bool) -> int:
     """Return how many of the first attempts are whole where something smaller was asked for, and made."""
-    asked = request is not None and (bool(request.saved) or options.goal == "size")
-    return int(pruned and asked)
+    named = any(request is not None and request.saved for request in requests)
+    return int(smaller and any(requests) and (named or options.goal == "size"))
 
 
 def _passes(base: Candidate, found: Lossy, chosen: Candidate) -> list[PassRecord]:

@@ -18,7 +18,7 @@ from . import devices, fidelity
 from . import model as model_io
 from .errors import DataError, ModelError, UnavailableError, UserError
 from .metrics import load_metric
-from .options import PRECISIONS, Options
+from .options import PRECISIONS, Options, Saving
 from .proof import LARGE
 from .quantization import conditions
 from .types import DeviceProfile, FloatScheme, InputSpec, Preprocess, Progress, QuantScheme
@@ -88,7 +88,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     url = options.target or ("local" if here else None)
     backend = _backend(options, profile, url)
     target, why = _target(url, profile, backend)
-    _check_prune(options, why)
+    _check_savings(options, why)
     specs = honest_specs(path, model)
     pre = images = judged = None
     if (options.calib or options.eval) and not specs:
@@ -138,14 +138,20 @@ def calibrated(this: Job, text: str) -> Job:
     return replace(this, images=images, conditions=several, options=replace(this.options, degrade=text))
 
 
-def _check_prune(options: Options, not_measured: str | None) -> None:
+def _check_savings(options: Options, not_measured: str | None) -> None:
     """Raise UserError where there are no images to repair by, or latency is to be saved and not measured."""
-    if options.prune is not None and options.calib is None:
+    for option, request in (("--prune", options.prune), ("--low-rank", options.low_rank)):
+        if request is not None:
+            _check_saving(option, request, options, not_measured)
+
+
+def _check_saving(option: str, request: Saving, options: Options, not_measured: str | None) -> None:
+    if options.calib is None:
         what = "what is left of the network is repaired on images, and there are none"
-        raise UserError(what, where=f"--prune {options.prune.text}", fix="give --calib DIR, a hundred images or more")
-    if options.prune is not None and options.prune.kind == "latency" and not_measured is not None:
-        fix = "--prune 30% counts MACs, --prune params:30% parameters"
-        raise UserError(f"latency is not measured: {not_measured}", where=f"--prune {options.prune.text}", fix=fix)
+        raise UserError(what, where=f"{option} {request.text}", fix="give --calib DIR, a hundred images or more")
+    if request.kind == "latency" and not_measured is not None:
+        fix = f"{option} macs:30% counts MACs, {option} params:30% parameters"
+        raise UserError(f"latency is not measured: {not_measured}", where=f"{option} {request.text}", fix=fix)
 
 
 def _check_degrade(options: Options) -> None:

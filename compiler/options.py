@@ -15,7 +15,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "fp8", "int4", "w4a8")
 STEPS = ("smooth", "absorb", "equalize", "ranges", "bias-correction", "rounding", "mixed-precision")
 #: What cuts are made for: to be faster, or to be small, however fast that is.
 GOALS = ("latency", "size")
-#: What `--prune` can save a part of.
+#: What `--prune` and `--low-rank` can save a part of.
 SAVED = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 
@@ -25,8 +25,8 @@ _SIZE = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 
 @dataclass(frozen=True)
-class Prune:
-    """What `--prune` asks for: a part of the cost to save, "macs", "params" or "latency"; none for auto."""
+class Saving:
+    """What `--prune` or `--low-rank` asks for: a part to save of "macs", "params" or "latency"; none for auto."""
 
     text: str
     kind: str = "macs"
@@ -50,7 +50,8 @@ class Options:
     without: tuple[str, ...] = ()
     degrade: str = "clean"
     robust: bool = False
-    prune: Prune | None = None
+    prune: Saving | None = None
+    low_rank: Saving | None = None
     goal: str = "latency"
     budget: Budget = Budget()
     time_budget: float | None = None
@@ -85,21 +86,30 @@ def parse_steps(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_prune(text: str) -> Prune:
+def parse_prune(text: str) -> Saving:
     """Return "auto", "30%" (of the MACs), "macs:30%", "params:50%" or "latency:20%". UserError otherwise."""
+    return _saving(text, "macs", "--prune", "auto, 30%, params:50% or latency:20%")
+
+
+def parse_low_rank(text: str) -> Saving:
+    """Return "auto", "30%" (of the parameters), "params:30%", "macs:30%" or "latency:20%". UserError otherwise."""
+    return _saving(text, "params", "--low-rank", "auto, 30%, macs:30% or latency:20%")
+
+
+def _saving(text: str, usual: str, option: str, examples: str) -> Saving:
     kind, colon, part = text.strip().partition(":")
-    kind, part = (kind, part) if colon else ("macs", kind)
+    kind, part = (kind, part) if colon else (usual, kind)
     if part == "auto" and not colon:
-        return Prune("auto")
+        return Saving("auto", usual)
     if kind not in SAVED:
-        fix = "write it like auto, 30%, params:50% or latency:20%"
-        raise UserError(f"{kind!r} is nothing that can be saved", where=f"--prune {text}", fix=fix)
-    percent = _number(part, {"%": 1.0}, "--prune", "auto, 30%, params:50% or latency:20%")
+        fix = f"write it like {examples}"
+        raise UserError(f"{kind!r} is nothing that can be saved", where=f"{option} {text}", fix=fix)
+    percent = _number(part, {"%": 1.0}, option, examples)
     if not 0 < percent < 100:
         raise UserError(
-            f"{part} is no part of a network", where=f"--prune {text}", fix="give more than 0% and less than 100%"
+            f"{part} is no part of a network", where=f"{option} {text}", fix="give more than 0% and less than 100%"
         )
-    return Prune(f"{percent:g}% of the {SAVED[kind]}", kind, (percent / 100,))
+    return Saving(f"{percent:g}% of the {SAVED[kind]}", kind, (percent / 100,))
 
 
 def parse_bytes(text: str) -> int:

@@ -613,6 +613,45 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class LowRankLayer:
+    """A layer and the chain that it became, if any: `form` (passes/factorize.py) and `ranks`.
+
+    Times are foretold, of one call: the layer's, and its chain's; of a layer that stayed, the fastest chain's. None
+    where nothing was timed.
+    """
+
+    node: str
+    form: str | None
+    ranks: tuple[int, ...]
+    parameters: int
+    parameters_left: int
+    macs: int | None
+    macs_left: int | None
+    predicted_ms: float | None
+    predicted_ms_chain: float | None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What `--low-rank` came to: what was asked, what was kept and why.
+
+    Where something was factorized (`kept`), `candidate` is the row of the attempts that has its latency, and `fitted`
+    is it beside the original on the images to judge by; None without such images.
+    """
+
+    asked: str
+    why: str
+    kept: bool
+    candidate: str | None = None
+    layers: tuple[LowRankLayer, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    parameters_before: int | None = None
+    parameters_after: int | None = None
+    fitted: Fidelity | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a compile found out; terminal, JSON and HTML are three views of it."""
 
@@ -644,3 +683,4 @@ class Report:
     seed: int = 0
     robust: RobustChoice | None = None
     pruning: Pruning | None = None
+    low_rank: LowRank | None = None

@@ -137,8 +137,12 @@ def objection(node: ir.Node) -> str | None:
 
 def as_matrix(node: ir.Node, weight: np.ndarray) -> np.ndarray:
     """Return a layer's weight as (out, in, k…)."""
-    turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
-    return weight.T if turned else weight
+    return weight.T if is_turned(node) else weight
+
+
+def is_turned(node: ir.Node) -> bool:
+    """Say whether a layer's weight is stored as (in, out)."""
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
 
 
 # ------------------------------------------------------------------------------------------- the graph

@@ -20,7 +20,7 @@ from edgec.compiler import model as model_io
 from edgec.compiler.errors import BudgetError, UserError
 from edgec.compiler.latency.shapes import shapes
 from edgec.compiler.latency.table import Timed
-from edgec.compiler.options import Prune, parse_prune
+from edgec.compiler.options import Saving, parse_prune
 from edgec.compiler.pruning import latencies
 from edgec.compiler.report import html, serial, tables, terminal, text
 from edgec.compiler.types import Budget, Measurement, PrunedLayer
@@ -102,11 +102,11 @@ def cut(place):
 @pytest.mark.parametrize(
     ("given", "asked"),
     [
-        ("auto", Prune("auto")),
-        ("30%", Prune("30% of the MACs", "macs", (0.3,))),
-        ("macs:12.5%", Prune("12.5% of the MACs", "macs", (0.125,))),
-        (" params:50% ", Prune("50% of the parameters", "params", (0.5,))),
-        ("latency:20%", Prune("20% of the latency", "latency", (0.2,))),
+        ("auto", Saving("auto")),
+        ("30%", Saving("30% of the MACs", "macs", (0.3,))),
+        ("macs:12.5%", Saving("12.5% of the MACs", "macs", (0.125,))),
+        (" params:50% ", Saving("50% of the parameters", "params", (0.5,))),
+        ("latency:20%", Saving("20% of the latency", "latency", (0.2,))),
     ],
 )
 def test_what_can_be_asked(given, asked):
@@ -309,7 +309,7 @@ def test_what_is_made_of_a_cut_must_beat_what_is_made_of_the_whole(place, tmp_pa
     monkeypatch.setattr(trials, "measure", timing({"pruned": 1.5, "cut": 1.01}))
     report = compiled(place, tmp_path / "out", prune="auto", device="local", max_drop=20.0)
     assert not report.pruning.kept and [a.name for a in report.attempts] == ["fp32"]
-    assert report.pruning.why.startswith("pruning does not pay here: the best of the cut network is 1.01x as fast")
+    assert report.pruning.why.startswith("it does not pay here: the best of the smaller network is 1.01x as fast")
 
 
 def test_a_part_of_the_latency_is_cut_until_it_is_measured_to_be_saved(place, tmp_path, monkeypatch, by_shape):
@@ -351,7 +351,7 @@ def test_a_stated_latency_is_cut_for_only_where_it_does_not_hold(place, tmp_path
 def test_a_part_of_the_latency_needs_a_target(place, tmp_path):
     with pytest.raises(UserError, match="latency is not measured") as caught:
         compiled(place, tmp_path / "out", prune="latency:20%")
-    assert "--prune 30%" in caught.value.fix and not (tmp_path / "out").exists()
+    assert "--prune macs:30%" in caught.value.fix and not (tmp_path / "out").exists()
 
 
 def test_auto_does_not_take_a_fast_cut_that_loses_too_much(place, tmp_path, monkeypatch, by_shape):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..job import Job
-    from ..options import Prune
+    from ..options import Saving
 
 #: Device kind -> the multiple of channels that is cut. On a CPU ONNX Runtime works on blocks of channels: FastestDet
 #: with 30 % of its MACs cut one by one is 1.45 times slower than whole, in fours 1.25 times faster, in eights and
@@ -187,7 +187,7 @@ class Cutting:
         return made if isinstance(again, str) else again
 
     def summary(
-        self, request: Prune, made: Made | None, why: str, tried: Sequence[PruneTrial] = (), told: Sequence[str] = ()
+        self, request: Saving, made: Made | None, why: str, tried: Sequence[PruneTrial] = (), told: Sequence[str] = ()
     ) -> Pruning:
         """Return what the report says of it."""
         found = Pruning(

@@ -17,6 +17,7 @@ import numpy as np
 from ...passes.channel_cuts import ChannelGroup, ChannelGroups
 from .. import job, memory
 from .. import model as model_io
+from ..candidates import Candidate, save
 from ..latency import table as tables
 from ..latency.networks import time_networks
 from ..latency.shapes import Shape, shapes
@@ -51,6 +52,11 @@ class Delivery:
 
     precision: str
     make: Callable[[ir.Model], ir.Model]
+
+    def delivered(self, one: Candidate) -> Candidate:
+        """Return a float candidate as it will run, under its own name; its quality is that of its floats."""
+        path = one.path.with_name(f"{one.path.stem}-delivered.onnx")
+        return save(Candidate(one.name, one.precision, path, self.make(one.model), judged=one.path))
 
 
 def delivery(this: Job) -> Delivery:
@@ -97,17 +103,7 @@ class Pricing:
         count = _FEW if model_io.weights_bytes(model) > LARGE else _NETWORKS
         cuts = variants(structure.groups, steps, count, this.options.seed)
         networks = [structure.cut(model, gone) for gone in cuts]
-        wanted: dict[str, list[tuple[float, float]]] = {}
-        for network in networks:
-            for shape in shapes(network, feed, axes):
-                wanted.setdefault(shape.family, []).append(shape.amounts({}))
-        with _kept(this, run) as kept:
-            table = tables.recall(kept, wanted)
-        found = cls(this, model, structure, feed, run, table or LatencyTable({}))
-        if table is None:
-            found.table = tables.from_timed(found._time(networks))
-            found._keep()
-        return found
+        return cls(this, model, structure, feed, run, table_of(this, networks, feed, axes, run))
 
     def costs(self) -> Costs:
         """Return the milliseconds as costs of what is cut."""
@@ -159,6 +155,29 @@ class Pricing:
         if self.table.misfit <= _BELIEVED:
             with _kept(self.this, self.run) as kept:
                 self.table = tables.remember(kept, self.table)
+
+
+def table_of(
+    this: Job,
+    networks: Sequence[ir.Model],
+    feed: Mapping[str, np.ndarray],
+    axes: Mapping[str, int],
+    run: Delivery,
+) -> LatencyTable:
+    """Time networks as they will run, or take what is known of the shapes of their layers from before."""
+    wanted: dict[str, list[tuple[float, float]]] = {}
+    for network in networks:
+        for shape in shapes(network, feed, axes):
+            wanted.setdefault(shape.family, []).append(shape.amounts({}))
+    with _kept(this, run) as kept:
+        table = tables.recall(kept, wanted)
+        if table is None:
+            table = tables.from_timed(time_networks(
+                networks, feed, axes=axes, run_as=run.make, threads=this.threads,
+                seconds=_SECONDS * len(networks), progress=this.progress,
+            ))  # fmt: skip
+            table = tables.remember(kept, table) if table.misfit <= _BELIEVED else table
+        return table
 
 
 def _kept(this: Job, run: Delivery) -> AbstractContextManager[Memory]:

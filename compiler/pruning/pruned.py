@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..job import Job
-    from ..options import Prune
+    from ..options import Saving
 
 #: Parts of the parameters that `--prune auto --for size` tries to save.
 AUTO = (0.15, 0.3, 0.45)
@@ -48,8 +48,8 @@ class Pruned:
     pruning: Pruning
 
 
-def prune(this: Job, model: ir.Model, baseline: Candidate, work: Path, request: Prune) -> Pruned:
-    """Prune `model`, which is that of `baseline`. There must be images."""
+def prune(this: Job, model: ir.Model, baseline: Candidate, work: Path, request: Saving) -> Pruned:
+    """Saving `model`, which is that of `baseline`. There must be images."""
     start = time.perf_counter()
     joined, moved = pipeline.run(model_io.copy(model), [JoinMoves()], Prover(model))
     cutting = Cutting.of(this, joined, moved, start)
@@ -73,7 +73,7 @@ def _nothing(cutting: Cutting) -> Chosen | None:
     return Chosen(None, "nothing could be repaired behind a cut")
 
 
-def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Prune) -> Chosen:
+def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen:
     if request.kind == "latency" or not (request.saved or this.options.goal == "size"):
         return _by_latency(this, cutting, baseline, work, request)
     kind = request.kind if request.saved else "params"
@@ -95,7 +95,7 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
     return Chosen(made[0], "cut as asked" if reached >= saved - 1e-9 else short)
 
 
-def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Prune) -> Chosen:
+def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen:
     """Cut by milliseconds: a named part of them, or to a stated latency, or as far as the quality budget allows."""
     if this.target is None:
         why = f"nothing can be shown to pay where nothing is measured ({this.not_measured}); --prune 30% is obeyed"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import guard, trials
-from ..candidates import Candidate, save
+from ..candidates import Candidate
 from ..types import Attempt, Fidelity, PruneTrial
 from .cutting import Cutting, Made
 from .latencies import Pricing
@@ -83,8 +83,8 @@ class Race:
         return self._worth(judged)
 
     def _worth(self, judged: Mapping[str, Fidelity]) -> Chosen:
-        whole = self._delivered(self.baseline)
-        runners = [self._delivered(one.candidate) for one in self.made]
+        whole = self.prices.run.delivered(self.baseline)
+        runners = [self.prices.run.delivered(one.candidate) for one in self.made]
         measured = trials.measure(self.this, [whole, *runners], seconds=trials.BRIEF)
         judged = {**judged, **trials.judge(self.this, [whole])}
         every = [trials.attempt(one, measured, judged, whole.name) for one in (whole, *runners)]
@@ -98,7 +98,7 @@ class Race:
 
     def limit(self, limit_ms: float) -> Chosen:
         """Cut what it takes for a stated latency to hold; nothing where it holds as it is."""
-        whole = self._delivered(self.baseline)
+        whole = self.prices.run.delivered(self.baseline)
         ms = trials.measure(self.this, [whole], seconds=trials.BRIEF)[whole.name].median_ms
         if ms is None or ms <= limit_ms:
             took = "" if ms is None else f" ({ms:.3g} ms)"
@@ -112,7 +112,7 @@ class Race:
 
     def _faster(self, wanted: float) -> Chosen:
         """Cut until the network is measured to be `wanted` times as fast, with as little as that takes."""
-        whole, rows = self._delivered(self.baseline), list[PruneTrial]()
+        whole, rows = self.prices.run.delivered(self.baseline), list[PruneTrial]()
         reaching: list[tuple[float, Made]] = []
         short: list[tuple[float, Made]] = []
         aim, before, further = wanted, dict[str, list[int]](), _FURTHER
@@ -124,7 +124,9 @@ class Race:
             one = "it was tried" if removed == before else self._cut(1 - 1 / aim, removed)
             if isinstance(one, str):
                 break
-            measured = trials.measure(self.this, [whole, self._delivered(one.candidate)], seconds=trials.BRIEF)
+            measured = trials.measure(
+                self.this, [whole, self.prices.run.delivered(one.candidate)], seconds=trials.BRIEF
+            )
             speed = measured[one.candidate.name].speedup or 1.0
             rows.append(self._row(one, speed, None, "fast enough" if speed >= wanted else "not fast enough"))
             (reaching if speed >= wanted else short).append((speed, one))
@@ -168,11 +170,6 @@ class Race:
 
     def _proposed(self, part: float) -> dict[str, list[int]]:
         return self.prices.settled(lambda costs: self.cutting.proposed(costs, part))
-
-    def _delivered(self, one: Candidate) -> Candidate:
-        """Return a float candidate as it will run, under its own name; its quality is that of its floats."""
-        path = one.path.with_name(f"{one.path.stem}-delivered.onnx")
-        return save(Candidate(one.name, one.precision, path, self.prices.run.make(one.model), judged=one.path))
 
     def _trial(self, one: Made, attempt: Attempt) -> PruneTrial:
         drop = None if attempt.fidelity is None else attempt.fidelity.drop

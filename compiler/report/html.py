@@ -11,7 +11,18 @@ from html import escape
 from itertools import accumulate
 
 from ..types import Layer, Report, RobustChoice
-from . import charts, facts, layer_tables, pruning_chart, pruning_tables, robust_tables, robustness_chart, tables, text
+from . import (
+    charts,
+    facts,
+    layer_tables,
+    low_rank_tables,
+    pruning_chart,
+    pruning_tables,
+    robust_tables,
+    robustness_chart,
+    tables,
+    text,
+)
 from .grid import Table
 from .style import CSS
 
@@ -46,6 +57,7 @@ def render(report: Report) -> str:
         _quality(report),
         _attempts(report),
         _pruning(report),
+        _low_rank(report),
         _steps(report),
         _robust(report),
         _sources(report),
@@ -203,6 +215,14 @@ def _pruning(report: Report) -> str:
     drawn = _figure(pruning_chart.channels(report.pruning), caption)
     every = _details(f"All {text.count(len(layers.rows), 'layer')}", _table(layers))
     return _section(sizes.title, "".join(map(_table, (sizes, *others))) + drawn + every)
+
+
+def _low_rank(report: Report) -> str:
+    first, *rest = low_rank_tables.tables(report) or (None,)
+    if first is None:
+        return ""
+    every = "".join(_details(f"All {text.count(len(t.rows), 'layer')}", _table(t)) for t in rest if t is not None)
+    return _section(first.title, _table(first) + every)
 
 
 def _robust(report: Report) -> str:

@@ -13,7 +13,17 @@ from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import facts, layer_tables, pruning_tables, robust_tables, robustness_table, tables, text, tool_tables
+from . import (
+    facts,
+    layer_tables,
+    low_rank_tables,
+    pruning_tables,
+    robust_tables,
+    robustness_table,
+    tables,
+    text,
+    tool_tables,
+)
 from .grid import Table
 
 if TYPE_CHECKING:
@@ -41,6 +51,7 @@ def render(report: Report, console: Console) -> None:
         tables.outputs(report.fidelity),
         tables.attempts(report.attempts if len(report.attempts) > 1 else ()),
         *pruning_tables.tables(report, CUT),
+        *low_rank_tables.tables(report, CUT),
         tables.predictions(report.attempts),
         tables.steps(report.steps),
         *robust_tables.tables(report.robust),

@@ -156,8 +156,9 @@ def headline(report: Report) -> str:
     device = "this machine" if report.device.is_local else report.device.title
     if report.device.is_local and report.device.kind in ("cpu", "gpu"):
         device = f"this {report.device.kind.upper()}"
-    clauses = [_speed(report), quality(report.fidelity), _pruned(report), f"file {sizes(report)}"]
-    what = f"{'pruned ' if is_pruned(report) else ''}{precision(report.precision)} for {clean(device)}"
+    clauses = [_speed(report), quality(report.fidelity), _pruned(report), _factorized(report), f"file {sizes(report)}"]
+    made = f"{'pruned ' if is_pruned(report) else ''}{'low-rank ' if is_factorized(report) else ''}"
+    what = f"{made}{precision(report.precision)} for {clean(device)}"
     return f"{what[0].upper()}{what[1:]}: {', '.join(c for c in clauses if c)}"
 
 
@@ -231,7 +232,15 @@ def is_pruned(report: Report) -> bool:
     p, chosen = report.pruning, next((a for a in report.attempts if a.chosen), None)
     if p is None or not p.kept or chosen is None:
         return False
-    return chosen.precision != "fp32" or chosen.name == p.candidate
+    return chosen.precision != "fp32" or chosen.name.startswith(p.candidate or "")
+
+
+def is_factorized(report: Report) -> bool:
+    """Tell whether what is handed over has chains in place of layers."""
+    found, chosen = report.low_rank, next((a for a in report.attempts if a.chosen), None)
+    if found is None or not found.kept or chosen is None:
+        return False
+    return chosen.precision != "fp32" or chosen.name == found.candidate
 
 
 def cut_sizes(p: Pruning) -> dict[str, tuple[int, int]]:
@@ -253,6 +262,14 @@ def cut(before: int, after: int) -> str:
     """Return how much is gone, in percent without the sign; what is cut is not rounded to 0 nor to 100."""
     gone = 100 * (1 - after / before)
     return f"{gone:.1f}" if 0 < gone < 1 or 99 < gone < 100 else f"{gone:.0f}"
+
+
+def _factorized(report: Report) -> str:
+    """Return as a clause how many parameters chains save; empty where what is handed over has none."""
+    found = report.low_rank
+    if found is None or not is_factorized(report) or not found.parameters_before or not found.parameters_after:
+        return ""
+    return f"{cut(found.parameters_before, found.parameters_after)} % fewer parameters"
 
 
 def _pruned(report: Report) -> str:

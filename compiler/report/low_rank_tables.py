@@ -1,0 +1,94 @@
+"""What `compile --low-rank` came to, as tables: sizes, quality, and each layer beside its chain, with both times."""
+
+from __future__ import annotations
+
+from ..types import LowRank, LowRankLayer, Report
+from . import text
+from .grid import Table, columns
+
+#: What the forms are called (passes/factorize.py).
+_FORMS = {
+    "svd": "kernel to rank, 1x1",
+    "channels": "1x1 to rank, kernel",
+    "spatial": "K x 1, 1 x K",
+    "tucker": "1x1, kernel, 1x1",
+    "cp": "1x1, K x 1, 1 x K, 1x1",
+}
+
+
+def tables(report: Report, limit: int | None = None) -> tuple[Table, ...]:
+    """Return what became of the layers: all, or the `limit` that save most; nothing if not asked."""
+    found = report.low_rank
+    if found is None:
+        return ()
+    title = f"Low rank, asked for: {text.clean(found.asked)}"
+    said = [text.clean(note) for note in (found.why, *found.notes)]
+    if not found.kept:
+        return (Table(title, (), (), tuple(said)), *([layers(found, limit)] if _timed(found) else []))
+    said += _measured(report, found)
+    sizes = Table(title, columns("", "#before", "#after", "#saved %"), _sizes(found), tuple(said))
+    return sizes, layers(found, limit)
+
+
+def layers(found: LowRank, limit: int | None = None) -> Table:
+    """Each layer beside its chain, in the graph's order; of one that stayed, the fastest chain's time."""
+    largest = sorted(found.layers, key=lambda x: x.parameters_left - x.parameters)[:limit]
+    shown = [x for x in found.layers if x in largest]
+    timed = _timed(found)
+    titles = ["layer", "became", "#rank", "#parameters", "#MACs"]
+    titles += ["#predicted ms", "#chain ms"] if timed else []
+    rows = tuple(_row(x, timed) for x in shown)
+    notes = (
+        [f"not listed: {text.count(len(found.layers) - len(shown), 'layer')}"] if len(shown) < len(found.layers) else []
+    )
+    if timed:
+        notes.append(
+            "predicted by the table of timed shapes; of a layer that stayed, the fastest chain that was on offer"
+        )
+    return Table("Layers and their chains", columns(*titles), rows, tuple(notes))
+
+
+def _row(x: LowRankLayer, timed: bool) -> tuple[str, ...]:
+    changed = x.form is not None
+    cells = (
+        text.clean(x.node),
+        _FORMS.get(x.form or "", "stays"),
+        " x ".join(map(str, x.ranks)) if changed else "",
+        f"{text.si(x.parameters)} -> {text.si(x.parameters_left)}" if changed else text.si(x.parameters),
+        text.MISSING if x.macs is None else (
+            f"{text.si(x.macs)} -> {text.si(x.macs_left)}" if changed else text.si(x.macs)
+        ),
+    )  # fmt: skip
+    times = (text.MISSING if ms is None else f"{ms:.3g}" for ms in (x.predicted_ms, x.predicted_ms_chain))
+    return (*cells, *times) if timed else cells
+
+
+def _timed(found: LowRank) -> bool:
+    return any(x.predicted_ms is not None for x in found.layers)
+
+
+def _sizes(found: LowRank) -> tuple[tuple[str, ...], ...]:
+    macs = [(x.macs, x.macs_left) for x in found.layers]
+    known = None not in [before for before, _ in macs]
+    pairs = {"parameters": (found.parameters_before, found.parameters_after)}
+    if known:
+        pairs["MACs"] = (sum(a or 0 for a, _ in macs), sum(b or 0 for _, b in macs))
+    return tuple(
+        (name, text.si(before), text.si(after), text.cut(before, after))
+        for name, (before, after) in pairs.items()
+        if before and after is not None
+    )
+
+
+def _measured(report: Report, found: LowRank) -> list[str]:
+    notes = []
+    tried = next((a.measurement for a in report.attempts if a.name == found.candidate), None)
+    if tried is not None and tried.median_ms is not None and tried.speedup is not None:
+        between = text.interval(tried.speedup_low, tried.speedup_high, 2)
+        notes.append(f"measured in floats: {text.ms(tried.median_ms)} a call, speed-up {text.ratio(tried.speedup)}, "
+                     f"95 % interval {between}")  # fmt: skip
+    f = found.fitted
+    if f is not None and f.drop is not None:
+        name = text.METRICS.get(f.metric, text.clean(f.metric))
+        notes.append(f"in floats it loses {text.fixed(f.drop, 2)} points of {name} on {text.count(f.images, 'image')}")
+    return notes
