@@ -7,7 +7,7 @@ producer reads (tiles.py); there a reader shall give what its own weights make o
 a residual Add behind it lacks on its other input. The readers themselves are fitted when the walk comes to them.
 
 With half of their MACs cut, ResNet-20 and 32 gain 0.6 and 0.7 dB by it and lose 6.4 and 3.7 points instead of 8.2 and
-6.1; a detector's first layer, with 8 of 24 channels gone, 0.3 to 0.5 dB.
+6.1; a detector of whose first layer 8 of 24 channels are gone gains 0.3 to 0.4 dB.
 """
 
 from __future__ import annotations
