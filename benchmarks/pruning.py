@@ -19,8 +19,8 @@ from edgec.compiler import model as model_io
 from edgec.compiler.options import Options
 from edgec.compiler.pruning import allocation, importance
 from edgec.compiler.pruning.costs import counted
+from edgec.compiler.pruning.cutting import steps_of
 from edgec.compiler.pruning.images import repair_feeds
-from edgec.compiler.pruning.pruned import steps_of
 from edgec.compiler.pruning.repair import repaired
 from edgec.compiler.pruning.swaps import swapped
 from edgec.compiler.types import silent

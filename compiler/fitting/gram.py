@@ -184,6 +184,12 @@ class Moments:
         """Return the mean of what is read (groups, in); 0 where no bias takes care of it."""
         return self._x / max(self.rows, 1) if self.layout.biased else np.zeros_like(self._x)
 
+    def shift(self, weight: np.ndarray) -> np.ndarray:
+        """Return what a bias lacks with this weight (groups, out, in): one number per output channel."""
+        made = (weight @ self._x[:, :, None])[..., 0]
+        shift: np.ndarray = (self._y - made).reshape(-1) / max(self.rows, 1)
+        return shift
+
     def _about(self, one: np.ndarray, other: np.ndarray) -> np.ndarray | float:
         return one[:, :, None] * other[:, None, :] / max(self.rows, 1) if self.layout.biased else 0.0
 

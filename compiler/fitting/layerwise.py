@@ -27,7 +27,7 @@ from ..layers import LINEAR
 from ..types import Progress, StoredWeight, silent
 from . import gram
 from .stream import Arrays, Stream
-from .targets import Wanted, add_along, wanted
+from .targets import Beside, Wanted, add_along, beside, wanted
 
 #: Rows are kept of a layer, to forgive what a Relu behind it takes away, where a round takes so many multiply-adds at
 #: most: the widest layers of a ResNet-50 would add minutes, and most of a gigabyte.
@@ -37,10 +37,25 @@ ROWS, ROWS_PER_INPUT = 16384, 8
 
 
 @dataclass(frozen=True, eq=False)
+class Ahead:
+    """What the walk knows at a layer of those behind it: what it reads in both networks, and what is beside those.
+
+    `held_out` says which batches are; `twins` are the nodes of the second network.
+    """
+
+    x: Arrays
+    coarse_x: Arrays
+    held_out: Sequence[bool]
+    twins: Mapping[str | None, ir.Node]
+    beside: Callable[[ir.Node], Beside]
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """One layer to choose a weight for: its node in the float model, and the sums over what it reads and shall give.
 
-    `held_out` is the part of the sums that is of held-out batches; `rows` are kept where a Relu forgives.
+    `held_out` is the part of the sums that is of held-out batches; `rows` are kept where a Relu forgives; `ahead` is
+    there where it is asked for.
     """
 
     node: ir.Node
@@ -48,6 +63,7 @@ class Site:
     moments: gram.Moments
     held_out: gram.Moments | None = None
     rows: gram.Kept | None = None
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +118,7 @@ def walk(
     follow_skips: bool = True,
     forgive: bool = False,
     held_out: Sequence[bool] | None = None,
+    ahead: bool = False,
     skip: Collection[str] = (),
     seed: int = 0,
     threads: int = 0,
@@ -110,17 +127,17 @@ def walk(
     """Return a step for each linear layer that both models have, in topological order; neither model is changed.
 
     `quantized` was made from `original` by passes/quantize.py; or, with `floats`, it is a float model whose weights are
-    chosen all the same. `feeds` are batches of inputs; those of `held_out` are summed up apart as well. Without
-    `choose` the quantized model's own weights are measured. `correct=False` leaves biases alone, `follow_skips=False`
-    the errors of skip branches; with `forgive`, what a Relu takes away does not count. Layers named in `skip` are left
-    as they are, and out of the result.
+    chosen all the same. `feeds` are batches of inputs; those of `held_out` are summed up apart as well; with `ahead` a
+    site knows of what stands behind it. Without `choose` the quantized model's own weights are measured.
+    `correct=False` leaves biases alone, `follow_skips=False` the errors of skip branches; with `forgive`, what a Relu
+    takes away does not count. Layers named in `skip` are left as they are, and out of the result.
     """
     twins = {node.name: node for node in quantized.graph}
     layers = [
         (n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name)) and n.name not in skip
     ]
     pair = _Pair(Stream(original, feeds, threads), Stream(quantized, feeds, threads), twins)
-    options = _Options(choose, floats, correct, follow_skips, forgive, held_out, np.random.default_rng(seed))
+    options = _Options(choose, floats, correct, follow_skips, forgive, held_out, ahead, np.random.default_rng(seed))
     steps = []
     for node, twin in layers:
         steps.append(_step(node, twin, pair, options))
@@ -159,6 +176,7 @@ class _Options:
     follow_skips: bool
     forgive: bool
     held_out: Sequence[bool] | None
+    ahead: bool
     rng: np.random.Generator
 
 
@@ -176,6 +194,11 @@ def _same(node: ir.Node, twin: ir.Node | None) -> bool:
 def _step(node: ir.Node, twin: ir.Node, pair: _Pair, options: _Options) -> LayerStep:
     x, coarse_x = pair.exact.pull(node.inputs[0]), pair.coarse.pull(twin.inputs[0])
     sqnr_in = _decibels(x, coarse_x)
+    ahead = None
+    if options.ahead and options.held_out is not None:
+        ahead = Ahead(
+            x, coarse_x, options.held_out, pair.twins, lambda n: beside(n, pair.twins, pair.exact, pair.coarse)
+        )
     del x
     y = pair.exact.pull(node.outputs[0])
     goal = Wanted(y)
@@ -184,8 +207,8 @@ def _step(node: ir.Node, twin: ir.Node, pair: _Pair, options: _Options) -> Layer
     weight = twin.inputs[1]
     assert weight is not None
     changes = options.floats or not weight.is_initializer()
-    picked = _pick(node, coarse_x, goal, options) if changes else _Picked(reason="left in float")
-    del coarse_x
+    picked = _pick(node, coarse_x, goal, options, ahead) if changes else _Picked(reason="left in float")
+    del coarse_x, ahead
     if picked.choice is not None:
         array = picked.choice.weight
         pair.coarse.fix(weight, array.T if _turned(node, twin) else array)
@@ -219,7 +242,7 @@ class _Picked:
     reason: str | None = None
 
 
-def _pick(node: ir.Node, x: Arrays, goal: Wanted, options: _Options) -> _Picked:
+def _pick(node: ir.Node, x: Arrays, goal: Wanted, options: _Options, ahead: Ahead | None) -> _Picked:
     if options.choose is None:
         return _Picked(reason="measured only")
     assert node.inputs[1] is not None and node.inputs[1].const_value is not None
@@ -229,7 +252,7 @@ def _pick(node: ir.Node, x: Arrays, goal: Wanted, options: _Options) -> _Picked:
         return _Picked(reason=layout)
     layout = replace(layout, biased=takes_shift(node) and options.correct)
     bias = bias_of(node, weight.size // layout.inputs).reshape(layout.groups, 1, -1)
-    site = _summed(node, weight, layout, bias, x, goal, options)
+    site = replace(_summed(node, weight, layout, bias, x, goal, options), ahead=ahead)
     choice = options.choose(site)
     if isinstance(choice, str):
         return _Picked(reason=choice)

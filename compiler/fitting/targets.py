@@ -58,29 +58,50 @@ def add_along(arrays: Arrays, shift: np.ndarray, axis: int) -> None:
         array += shift.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(array.ndim)])
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What a residual Add behind a layer adds to its output, in both networks; None where there is none, or not yet.
+
+    `forgiving`: only a Relu reads the sum, or the output itself.
+    """
+
+    skip: Arrays | None = None
+    coarse_skip: Arrays | None = None
+    forgiving: bool = False
+
+
 def wanted(
     node: ir.Node, y: Arrays, twins: Mapping[str | None, ir.Node], exact: Stream, coarse: Stream, forgive: bool
 ) -> Wanted:
     """Return y, with the error added that a residual Add behind the layer gets from its other input, if known."""
+    found = beside(node, twins, exact, coarse)
+    forgive = forgive and found.forgiving
+    if found.skip is None or found.coarse_skip is None:
+        return Wanted(y, None, forgive)
+    if found.skip[0].shape != y[0].shape:
+        return Wanted(y)
+    target = [a + (s - c) for a, s, c in zip(y, found.skip, found.coarse_skip, strict=True)]
+    return Wanted(target, found.coarse_skip, forgive)
+
+
+def beside(node: ir.Node, twins: Mapping[str | None, ir.Node], exact: Stream, coarse: Stream) -> Beside:
+    """Return what stands beside a layer, as far as it is known before any further linear layer runs."""
     biased = added_bias(node)
     out = node.outputs[0] if biased is None else biased[0].outputs[0]
     add, index = _only_reader(out)
     twin = twins.get(add.name) if add is not None else None
     if add is None or twin is None or add.op_type != twin.op_type:
-        return Wanted(y)
+        return Beside()
     if add.op_type == "Relu":
-        return Wanted(y, None, forgive)
+        return Beside(forgiving=True)
     if add.op_type != "Add":
-        return Wanted(y)
+        return Beside()
     other, coarse_other = add.inputs[1 - index], twin.inputs[1 - index]
     if not (exact.within_reach(other) and coarse.within_reach(coarse_other)):
-        return Wanted(y)
-    skip, coarse_skip = exact.pull(other), coarse.pull(coarse_other)
-    if skip[0].shape != y[0].shape:
-        return Wanted(y)
-    target = [a + (s - c) for a, s, c in zip(y, skip, coarse_skip, strict=True)]
+        return Beside()
     behind, _ = _only_reader(add.outputs[0])
-    return Wanted(target, coarse_skip, forgive and behind is not None and behind.op_type == "Relu")
+    forgiving = behind is not None and behind.op_type == "Relu"
+    return Beside(exact.pull(other), coarse.pull(coarse_other), forgiving)
 
 
 def _only_reader(value: ir.Value) -> tuple[ir.Node | None, int]:

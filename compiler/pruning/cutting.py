@@ -76,11 +76,15 @@ def proposed(
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A cut network, repaired and not. `removed`: the units that are gone, by group."""
+    """A cut network, repaired and not. `removed`: the units that are gone, by group.
+
+    `final`: the layers that make what was cut were fitted, too, which takes three times as long.
+    """
 
     candidate: Candidate
     unrepaired: Candidate
     removed: Mapping[str, Sequence[int]]
+    final: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +143,7 @@ class Cutting:
         probe = Probe(self.model, self.feeds, self.this.threads)
         return min(several, key=lambda made: probe.error(made.candidate.model))
 
-    def made(self, removed: Mapping[str, Sequence[int]], work: Path, name: str) -> Made | str:
+    def made(self, removed: Mapping[str, Sequence[int]], work: Path, name: str, final: bool = False) -> Made | str:
         """Return the network without these units, as files in `work`; or why there is none."""
         if not any(removed.values()):
             return "no whole unit fits into what is to be cut"
@@ -149,7 +153,7 @@ class Cutting:
             return f"the cut failed its proof: its outputs differ by {proof.error:.1e} from the masked network's"
         units, branches = self.structure.split(removed)
         model = repaired(
-            self.model, units, self.feeds, branches=branches,
+            self.model, units, self.feeds, branches=branches, makers=final,
             seed=self.this.options.seed, threads=self.this.threads, progress=self.this.progress,
         )  # fmt: skip
         channels = sum(map(len, units.values()))
@@ -172,18 +176,20 @@ class Cutting:
             save(Candidate(name, "fp32", work / f"{stem}.onnx", model, (*self.before, record))),
             save(Candidate(f"{name}, not repaired", "fp32", work / f"{stem}-cut.onnx", cut)),
             removed,
+            final,
         )
 
-    def exchanged(self, made: Made, work: Path) -> Made:
-        """Return the cut with the closest calls of its first channels decided by the repaired network's error."""
+    def finished(self, made: Made, work: Path) -> Made:
+        """Return the cut with the closest calls of its first channels decided by the repaired network, and all fitted."""
         units, branches = self.structure.split(made.removed)
         better = swapped(
             self.model, self.structure.groups, units, self.rankings, self.feeds, branches=branches,
             seed=self.this.options.seed, threads=self.this.threads, progress=self.this.progress,
         )  # fmt: skip
-        if better == units:
+        if better == units and made.final:
             return made
-        again = self.made({**better, **{branch.name: [0] for branch in branches}}, work, made.candidate.name)
+        gone = {**better, **{branch.name: [0] for branch in branches}}
+        again = self.made(gone, work, made.candidate.name, final=True)
         return made if isinstance(again, str) else again
 
     def summary(

@@ -56,7 +56,7 @@ def prune(this: Job, model: ir.Model, baseline: Candidate, work: Path, request: 
     found = _nothing(cutting) or _chosen(this, cutting, baseline, work, request)
     made = found.made
     if made is not None and this.seconds_left != 0:
-        made = cutting.exchanged(made, work)
+        made = cutting.finished(made, work)
     tried = () if made is None else (made.candidate,)  # the last measurement must not turn to what was turned down
     summary = cutting.summary(request, made, found.why, found.trials, found.notes)
     return Pruned(baseline if made is None else made.candidate, tried, summary)
@@ -82,7 +82,7 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
         why = "how many MACs the layers have is not known (shapes are dynamic): --prune params:30% counts weights"
         return Chosen(None, why)
     found = [
-        cutting.made(cutting.proposed(costs, saved), work, f"pruned {100 * saved:.0f}%")
+        cutting.made(cutting.proposed(costs, saved), work, f"pruned {100 * saved:.0f}%", bool(request.saved))
         for saved in request.saved or AUTO
     ]
     made = [one for one in found if isinstance(one, Made)]

@@ -33,6 +33,7 @@ from ..fitting.gram import Moments
 from ..fitting.layerwise import Choice, LayerStep, Site, walk
 from ..types import Progress, silent
 from .probe import is_large
+from .producers import made_for_readers
 
 #: A layer with fewer rows than so many times its inputs, such as the classifier behind a pooling, follows the noise of
 #: the images: there the pull to the old weight is strong. On ResNet-20 held-out images choose 1 to 10 for it.
@@ -50,6 +51,7 @@ def repaired(
     ridge: float | None = None,
     *,
     branches: Sequence[Branch] = (),
+    makers: bool = True,
     seed: int = 0,
     threads: int = 0,
     progress: Progress = silent,
@@ -59,7 +61,8 @@ def repaired(
     `model` is not changed. Of a branch the best constant is left, which the walk finds as its last layer's bias.
 
     A layer whose weight is shared, or that has no Gram matrix (gram.layout), keeps the weights that it had. Without a
-    `ridge`, images that are held out choose one for each layer.
+    `ridge`, images that are held out choose one for each layer. With `makers`, layers that make channels some of which
+    are cut are fitted to what their readers lose (producers.py), but for large networks.
     """
     silent_model = branch_rewrites.silenced(model, branches)
     masked = channel_cuts.mask(silent_model, removed)
@@ -68,14 +71,24 @@ def repaired(
 
     batches, held_out = _split(feeds, seed)
 
+    settled: set[str] = set()
+    makers = makers and not is_large(model)
+
     def refit(site: Site) -> Choice | str:
         if site.node.name in last:
             return "its branch is removed"
-        return "its weight is shared" if len(_weight(site.node).uses()) > 1 else Choice(_refitted(site, ridge))
+        if len(_weight(site.node).uses()) > 1:
+            return "its weight is shared"
+        if site.node.name in settled:
+            return Choice(site.weight, shift=np.zeros(len(site.weight)))
+        weight = _refitted(site, ridge)
+        made = made_for_readers(site, weight, inside | last, seed)
+        settled.update(made.passed if made else ())
+        return made.choice if made else Choice(weight)
 
     steps = walk(
         model, masked, batches, refit,
-        floats=True, skip=inside, forgive=not is_large(model), held_out=held_out,
+        floats=True, skip=inside, forgive=not is_large(model), held_out=held_out, ahead=makers,
         seed=seed, threads=threads, progress=progress,
     )  # fmt: skip
     cut = channel_cuts.cut(_written(silent_model, steps), removed)
