@@ -18,7 +18,7 @@ from . import allocation, importance
 from .branch_ranking import rank_branches
 from .costs import Costs
 from .images import repair_feeds
-from .probe import Probe
+from .probe import Probe, is_large
 from .repair import repaired
 from .structure import Structure
 from .swaps import swapped
@@ -176,11 +176,11 @@ class Cutting:
             save(Candidate(name, "fp32", work / f"{stem}.onnx", model, (*self.before, record))),
             save(Candidate(f"{name}, not repaired", "fp32", work / f"{stem}-cut.onnx", cut)),
             removed,
-            final,
+            final or is_large(self.model),  # nothing more is done to those
         )
 
     def finished(self, made: Made, work: Path) -> Made:
-        """Return the cut with the closest calls of its first channels decided by the repaired network, and all fitted."""
+        """Return the cut with close calls of its first channels decided by the repaired network, and all fitted."""
         units, branches = self.structure.split(made.removed)
         better = swapped(
             self.model, self.structure.groups, units, self.rankings, self.feeds, branches=branches,
