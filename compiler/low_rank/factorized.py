@@ -55,14 +55,19 @@ class Factorized:
 
 @dataclass(frozen=True, eq=False)
 class _Kitchen:
-    """The model, the images, and the menu with prices."""
+    """The float candidate that is factorized, the images, and the menu with prices."""
 
     this: Job
-    model: ir.Model
+    base: Candidate
     feeds: Sequence[Mapping[str, np.ndarray]]
     menu: Mapping[str, Sequence[Item]]
     run: Delivery | None
     start: float
+
+    @property
+    def model(self) -> ir.Model:
+        """The model of the candidate."""
+        return self.base.model
 
     def faster(self) -> dict[str, list[Item]]:
         """Return the menu without chains that are not foretold to be faster than their layers."""
@@ -108,7 +113,7 @@ class _Kitchen:
             proof=proof,
         )
         stem = name.replace(" ", "-").replace("%", "").replace(",", "")
-        return save(Candidate(name, "fp32", work / f"{stem}.onnx", found, (record,)))
+        return save(Candidate(name, "fp32", work / f"{stem}.onnx", found, (*self.base.records, record)))
 
 
 def low_rank(this: Job, base: Candidate, work: Path, request: Saving) -> Factorized:
@@ -124,7 +129,7 @@ def low_rank(this: Job, base: Candidate, work: Path, request: Saving) -> Factori
     )
     run = delivery(this) if timed else None
     items, table = priced(this, base.model, offered, run)
-    kitchen = _Kitchen(this, base.model, feeds, items, run, start)
+    kitchen = _Kitchen(this, base, feeds, items, run, start)
     notes = () if table is None else (
         f"layers are priced by timed shapes, which explain what was timed within {100 * table.misfit:.0f} %",
     )  # fmt: skip
