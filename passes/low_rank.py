@@ -231,10 +231,23 @@ def _solved(normal: np.ndarray, right: np.ndarray, pull: float = RIDGE) -> np.nd
 
 
 def cp(weight: np.ndarray, metric: np.ndarray, rank: int, *, sweeps: int = 4 * SWEEPS, seed: int = 0) -> Factors:
-    """Return A (out, rank), B (in, rank), c (rows, rank) and d (columns, rank) of W (out, in, rows, columns)."""
+    """Return A (out, rank), B (in, rank), c (rows, rank) and d (columns, rank) of W (out, in, rows, columns).
+
+    Alternating least squares end where they started near: once at the leading vectors of each mode, once at what fits
+    the weight alone; the better stands.
+    """
     rng = np.random.default_rng(seed)
-    modes = [_leading(weight, mode, rank, rng) for mode in range(4)]
-    best: tuple[float, tuple[np.ndarray, ...]] = (np.inf, tuple(modes))
+    start = [_leading(weight, mode, rank, rng) for mode in range(4)]
+    first = _alternated(weight, metric, start, sweeps)
+    blind = _alternated(weight, np.eye(len(metric)), start, sweeps)
+    second = _alternated(weight, metric, list(blind.arrays), sweeps)
+    return min(first, second, key=lambda found: found.error)
+
+
+def _alternated(weight: np.ndarray, metric: np.ndarray, start: Sequence[np.ndarray], sweeps: int) -> Factors:
+    """Return the best that some sweeps of alternating least squares come by, what they start from included."""
+    modes = list(start)
+    best = (error_of(weight, _composed(modes), metric), tuple(modes))
     given = (weight.reshape(len(weight), -1) @ metric).reshape(weight.shape)
     for _ in range(sweeps):
         modes[1] = _channels(given, metric, modes)

@@ -1,0 +1,153 @@
+"""Low rank: what knowing the images gains over knowing the weights alone, and what a part of a network costs.
+
+    python benchmarks/low_rank.py --data DIR [--only resnet20] [--saved 30%,macs:30%] [--threads 1]
+    python benchmarks/low_rank.py --model FILE --calib DIR --eval DIR [--saved macs:40%]
+
+DIR as for int8.py. The first table has every layer that can be a chain, at half of its parameters in each form: the
+SQNR of the layer's output on images that were not seen, with factors in the metric of what the layer reads on the
+calibration images, and with those of the weight alone (truncated SVD, HOSVD with HOOI, Jaderberg's spatial form, ALS
+for CP). The second table is `edgec compile --precision fp32 --low-rank PART`: no training, no labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import edgec
+import numpy as np
+from edgec.compiler import job, pipeline
+from edgec.compiler import model as model_io
+from edgec.compiler.low_rank import menu
+from edgec.compiler.options import Options
+from edgec.compiler.pruning.images import repair_feeds
+from edgec.compiler.types import silent
+from edgec.passes import factorize, low_rank
+from edgec.passes.factorize import Choice
+from int8 import CASES, _part
+
+#: Held-out images that the first table is measured on.
+_IMAGES = 200
+
+
+def forms(path: Path, calib: Path, held_out: Path, pre: str | None, threads: int) -> None:
+    """Print the gain in dB of each form over the layers of one network."""
+    original = model_io.load(path)
+    this = job.resolve(
+        path, original, Options(calib=calib, eval=held_out, precision="fp32", preprocess=pre, threads=threads), silent
+    )
+    assert this.images is not None and this.judged is not None
+    model, _ = pipeline.run(original, pipeline.exact_passes(), None)
+    start = time.perf_counter()
+    known = {s.node.name: s for s in menu.seen(model, repair_feeds(model, this.images, threads=threads))}
+    few = this.judged.subset(range(0, len(this.judged), max(1, len(this.judged) // _IMAGES)))
+    unseen = {s.node.name: s.metric for s in menu.seen(model, [batch.feed for batch in few.batches(16)])}
+    gains: dict[str, list[float]] = defaultdict(list)
+    aware_db: dict[str, list[float]] = defaultdict(list)
+    for name, layer in known.items():
+        shape = layer.weight.shape
+        for form in factorize.forms(shape):
+            if form == "tucker":
+                part = next(
+                    (
+                        p
+                        for p in np.arange(0.95, 0.05, -0.02)
+                        if _tucker(shape, p).weights(shape) <= layer.weight.size / 2
+                    ),
+                    None,
+                )
+                choice = None if part is None else _tucker(shape, part)
+            else:
+                rank = int(layer.weight.size / 2 / Choice(form, (1,)).weights(shape))
+                choice = Choice(form, (rank,)) if rank else None
+            if choice is None:
+                continue
+            plain = np.eye(len(layer.metric))
+            errors = [
+                low_rank.error_of(
+                    layer.weight, factorize.composed(choice.fitted(layer.weight, metric), shape), unseen[name]
+                )
+                for metric in (layer.metric, plain)
+            ]
+            if min(errors) > 1e-12:
+                gains[form].append(10 * math.log10(errors[1] / errors[0]))
+                aware_db[form].append(-10 * math.log10(errors[0]))
+    print("| form | layers | SQNR dB, mean | gain dB, mean | least gain dB |\n|---|---|---|---|---|")
+    for form, found in gains.items():
+        mean = sum(aware_db[form]) / len(found)
+        print(f"| {form} | {len(found)} | {mean:.1f} | {sum(found) / len(found):+.1f} | {min(found):+.1f} |")
+    every = [gain for found in gains.values() for gain in found]
+    print(f"| all | {len(every)} | | {sum(every) / len(every):+.1f} | {min(every):+.1f} |")
+    print(f"\n{time.perf_counter() - start:.0f} s\n", flush=True)
+
+
+def _tucker(shape: tuple[int, ...], part: float) -> Choice:
+    return Choice("tucker", (max(1, int(part * shape[0])), max(1, int(part * shape[1]))))
+
+
+def parts(path: Path, calib: Path, held_out: Path, pre: str | None, saved: list[str], threads: int) -> None:
+    """Print what each part costs."""
+    heads = ("asked for", "parameters saved %", "MACs saved %", "chains", "speed-up (95 %)", "figure")
+    heads += ("points lost (95 %)", "SQNR dB", "s")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for part in saved:
+        with TemporaryDirectory() as out:
+            start = time.perf_counter()
+            report = edgec.compile(
+                path, Path(out) / "out", calib=calib, eval=held_out, precision="fp32", low_rank=part,
+                preprocess=pre, threads=threads,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+        r, f, m = report.low_rank, report.fidelity, report.result
+        assert r is not None and f is not None
+        if not r.kept or r.parameters_before is None or r.parameters_after is None:
+            print(f"| {part} | {r.why} |{' |' * (len(heads) - 2)}", flush=True)
+            continue
+        before, after = (
+            sum(n or 0 for n in found) for found in zip(*((x.macs, x.macs_left) for x in r.layers), strict=True)
+        )
+        speed = "" if m.speedup is None else f"{m.speedup:.2f}x ({m.speedup_low:.2f} to {m.speedup_high:.2f})"
+        print(
+            f"| {part} | {100 * (1 - r.parameters_after / r.parameters_before):.1f} | {100 * (1 - after / before):.1f} "
+            f"| {sum(x.form is not None for x in r.layers)} of {len(r.layers)} | {speed} | {f.metric} {f.value:.2f} "
+            f"| {f.drop:+.2f} ({f.drop_low:+.2f} to {f.drop_high:+.2f}) | {f.outputs[0].sqnr_db:.1f} | {seconds:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Run the cases named, or one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", default="resnet")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--calib", type=Path)
+    parser.add_argument("--eval", type=Path)
+    parser.add_argument("--saved", default="30%,macs:30%")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    saved = args.saved.split(",")
+    if args.model is not None:
+        print(f"\n### {args.model.stem}\n")
+        forms(args.model, args.calib, args.eval, None, args.threads)
+        parts(args.model, args.calib, args.eval, None, saved, args.threads)
+        return
+    for case in CASES:
+        if args.only in case.model:
+            with TemporaryDirectory() as place:
+                sidecar = Path(place) / "preprocess.yaml"
+                sidecar.write_text(case.preprocess, encoding="utf-8")
+                calib = _part(args.data / case.calib, case.calibrate_on, Path(place) / "calib")
+                held_out = _part(args.data / case.eval, case.compare_on, Path(place) / "eval")
+                print(f"\n### {case.model}\n")
+                path = args.data / "models" / f"{case.model}.onnx"
+                forms(path, calib, held_out, str(sidecar), args.threads)
+                parts(path, calib, held_out, str(sidecar), saved, args.threads)
+
+
+if __name__ == "__main__":
+    main()
