@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILER = ("explanation", "fitting", "mixed_precision", "pruning", "quantization", "report")
+COMPILER = ("explanation", "fitting", "latency", "low_rank", "mixed_precision", "pruning", "quantization", "report")
 FOLDERS = ("backends", "backends/targets", "calib", "compiler", *(f"compiler/{name}" for name in COMPILER), "passes")
 
 
