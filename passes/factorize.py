@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.types import Refusal
 from . import low_rank
 from .constants import Names, add_initializer, remove_unused, supplant
 from .low_rank import Factors
@@ -228,11 +227,3 @@ def _attributes(node: ir.Node, kernel: Sequence[int], along: Sequence[int]) -> l
     if "auto_pad" in node.attributes and along:
         found.append(node.attributes["auto_pad"])
     return found
-
-
-def refusals(model: ir.Model) -> tuple[Refusal, ...]:
-    """Return the layers that cannot be chains, and why."""
-    found = (
-        (node, objection(node)) for node in model.graph if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    )
-    return tuple(Refusal(node.name or node.op_type, RULE, why) for node, why in found if why is not None)

@@ -194,12 +194,13 @@ def test_half_floats_stay_half_floats():
         ("y = ConvTranspose (x, w)", "ConvTranspose"),
         ("a = Conv (x, w)\n b = Conv (x, w)\n y = Add (a, b)", "shared"),
         ("v = Neg (w)\n y = Conv (x, v)", "computed"),
+        ('y = Conv <auto_pad = "SAME_UPPER"> (x, w)', "auto_pad"),
     ],
 )
 def test_what_cannot_be_a_chain_is_refused_by_name(text, why):
     shape = "4,2,1,1" if "group" in text else "4,4,1,1"
     model = zoo.model(f"g (float[2,4,5,5] x) => (float[a,b,c,d] y) <float[{shape}] w> {{ {text} }}")
-    found = factorize.refusals(model)
+    found = menu.refusals(model)
     assert found and all(why in refusal.why and refusal.rule == "factorize" for refusal in found)
 
 

@@ -19,6 +19,10 @@ import onnx_ir as ir
 from ...passes.forgiving import Rows
 
 
+#: Inputs of a layer above which its Gram matrix, of which several copies are held, is not made.
+MOST_INPUTS = 8192
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one linear node's weight, input and output become matrices.
@@ -106,6 +110,13 @@ class Layout:
 
 def layout(node: ir.Node, shape: tuple[int, ...]) -> Layout | str:
     """Return the layout of a linear node with a weight of this shape, or the reason why it has none."""
+    found = _layout(node, shape)
+    if isinstance(found, Layout) and found.inputs > MOST_INPUTS:
+        return f"it reads {found.inputs} values, whose Gram matrix would take {8e-9 * found.inputs**2:.1f} GB"
+    return found
+
+
+def _layout(node: ir.Node, shape: tuple[int, ...]) -> Layout | str:
     attributes = node.attributes
     if node.op_type in ("Conv", "ConvTranspose"):
         if attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):

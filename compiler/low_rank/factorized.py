@@ -25,7 +25,7 @@ from ..pruning.images import repair_feeds
 from ..pruning.latencies import Delivery, delivery
 from ..types import LowRank, LowRankLayer, PassRecord
 from .allocation import allocate
-from .menu import Item, menu
+from .menu import Item, menu, refusals
 from .prices import priced
 from .repair import fitted
 
@@ -108,7 +108,7 @@ class _Kitchen:
             nodes_before=len(self.model.graph),
             nodes_after=len(found.graph),
             rewrites=len(chains),
-            refusals=factorize.refusals(self.model),
+            refusals=refusals(self.model),
             notes=("the proof is that of the chains: the network with the weights that they stand for",),
             proof=proof,
         )
@@ -237,7 +237,7 @@ def _summary(
         kept=found is not None,
         candidate=None if found is None else found.name,
         layers=rows,
-        refusals=factorize.refusals(kitchen.model),
+        refusals=refusals(kitchen.model),
         parameters_before=model_io.parameters(kitchen.model),
         parameters_after=None if found is None else model_io.parameters(found.model),
         fitted=None if found is None else judged.get(found.name),

@@ -26,7 +26,7 @@ from ..fitting.layerwise import ROWS, ROWS_PER_INPUT, is_layer
 from ..fitting.stream import Stream
 from ..latency.shapes import name_of
 from ..pruning.probe import Probe
-from ..types import Progress, silent
+from ..types import Progress, Refusal, silent
 
 #: Parts of the largest rank that saves weights at which a form is offered.
 PARTS = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
@@ -70,20 +70,37 @@ def seen(
 ) -> Iterator[Seen]:
     """Yield each layer that can be a chain with the sums over what it reads, in the graph's order."""
     stream, rng = Stream(model, feeds, threads), np.random.default_rng(seed)
-    nodes = [node for node in model.graph if is_layer(node) and factorize.objection(node) is None]
+    nodes = [node for node in model.graph if is_layer(node) and objection(node) is None]
     for done, node in enumerate(nodes):
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
         array = weight.const_value.numpy().astype(np.float64)
         layout = gram.layout(node, array.shape)
-        if isinstance(layout, str):
-            continue
+        assert not isinstance(layout, str), layout
         moments, x, y = gram.Moments(layout), stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
         most = -(-max(ROWS, ROWS_PER_INPUT * layout.inputs) // len(x))
         for one, wanted in zip(x, y, strict=True):
             moments.add(*layout.rows(one, wanted, most, rng))
         progress("reading the layers", done + 1, len(nodes))
         yield Seen(node, factorize.as_matrix(node, array), low_rank.ridged(moments.gram()[0]))
+
+
+def objection(node: ir.Node) -> str | None:
+    """Return why a linear layer is not on the menu; None where it is."""
+    why = factorize.objection(node)
+    weight = node.inputs[1] if why is None else None
+    if weight is None or weight.const_value is None:
+        return why
+    if weight.const_value.dtype != ir.DataType.FLOAT:
+        return f"its weight is {weight.const_value.dtype.name}, and sums are made of float32 layers"
+    found = gram.layout(node, tuple(weight.const_value.shape.numpy()))
+    return found if isinstance(found, str) else None
+
+
+def refusals(model: ir.Model) -> tuple[Refusal, ...]:
+    """Return the linear layers that are not on the menu, and why."""
+    found = ((node, objection(node)) for node in model.graph if node.op_type in layers.LINEAR)
+    return tuple(Refusal(name_of(node), factorize.RULE, why) for node, why in found if why is not None)
 
 
 def choices(shape: Sequence[int], wide: bool) -> list[Choice]:
