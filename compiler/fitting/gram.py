@@ -18,7 +18,6 @@ import onnx_ir as ir
 
 from ...passes.forgiving import Rows
 
-
 #: Inputs of a layer above which its Gram matrix, of which several copies are held, is not made.
 MOST_INPUTS = 8192
 
