@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ AUTO = (0.1, 0.2, 0.35)
 TOLERANCE = 1e-4
 #: A chain is faster where it is foretold to take at most this part of the layer's time.
 _FASTER = 0.95
+#: Times of layers that explain those of whole networks worse than this are of no use.
+_BELIEVED = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +131,13 @@ def low_rank(this: Job, base: Candidate, work: Path, request: Saving) -> Factori
     )
     run = delivery(this) if timed else None
     items, table = priced(this, base.model, offered, run)
+    notes: tuple[str, ...] = ()
+    if table is not None:
+        notes = (f"layers are priced by timed shapes, which explain what was timed within {100 * table.misfit:.0f} %",)
+    if table is not None and table.misfit > _BELIEVED:
+        run, items = None, {name: [replace(i, ms=None) for i in offers] for name, offers in items.items()}
+        notes = (f"times of layers explain those of networks within {100 * table.misfit:.0f} % only: not believed",)
     kitchen = _Kitchen(this, base, feeds, items, run, start)
-    notes = () if table is None else (
-        f"layers are priced by timed shapes, which explain what was timed within {100 * table.misfit:.0f} %",
-    )  # fmt: skip
     found, chosen, why = _named(kitchen, base, work, request) if request.saved else _auto(kitchen, base, work)
     summary = _summary(kitchen, request, found, chosen, why, notes)
     return Factorized(base if found is None else found, () if found is None else (found,), summary)
@@ -164,7 +169,8 @@ def _auto(kitchen: _Kitchen, base: Candidate, work: Path) -> _Found:
     this = kitchen.this
     size = this.options.goal == "size"
     if not size and kitchen.run is None:
-        return None, {}, f"nothing can be shown to pay where nothing is measured ({this.not_measured})"
+        why = this.not_measured or "the times of layers are not believed"
+        return None, {}, f"nothing can be shown to pay where nothing is measured ({why})"
     kind = "params" if size else "ms"
     found: list[tuple[Candidate, Mapping[str, Item]]] = []
     for saved in AUTO:
