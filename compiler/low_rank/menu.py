@@ -35,7 +35,7 @@ MULTIPLE = 4
 #: For the errors on the menu factors are not refined: where they start they err a tenth more, in the same order.
 _SWEEPS = 0
 #: Layers with more inputs are offered in fewer forms, at fewer ranks: each fit of a ResNet-50's takes seconds.
-_WIDE = 1200
+_WIDE = 600
 #: The part of the energy that a layer loses when its effect at the outputs is measured.
 _PROBED = 0.02
 
