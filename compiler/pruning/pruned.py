@@ -25,8 +25,10 @@ from .. import pipeline, trials
 from ..candidates import Candidate
 from ..proof import Prover
 from ..types import Pruning
+from .costs import Costs
 from .cutting import Cutting, Made
 from .latencies import Pricing, delivery
+from .probe import is_large
 from .race import Chosen, Race
 
 if TYPE_CHECKING:
@@ -81,10 +83,7 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
     if not costs.of({}):
         why = "how many MACs the layers have is not known (shapes are dynamic): --prune params:30% counts weights"
         return Chosen(None, why)
-    found = [
-        cutting.made(cutting.proposed(costs, saved), work, f"pruned {100 * saved:.0f}%", bool(request.saved))
-        for saved in request.saved or AUTO
-    ]
+    found = [_part(cutting, costs, saved, work, bool(request.saved)) for saved in request.saved or AUTO]
     made = [one for one in found if isinstance(one, Made)]
     if not made:
         return Chosen(None, next(one for one in found if isinstance(one, str)))
@@ -93,6 +92,18 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
     (saved,), reached = request.saved, 1 - costs.of(made[0].removed) / costs.of({})
     short = f"{100 * reached:.3g}% is what can be cut in whole units"
     return Chosen(made[0], "cut as asked" if reached >= saved - 1e-9 else short)
+
+
+def _part(cutting: Cutting, costs: Costs, saved: float, work: Path, final: bool) -> Made | str:
+    """Return the network without that part of the cost: with branches gone or without, whichever comes closer."""
+    name, removed = f"pruned {100 * saved:.0f}%", cutting.proposed(costs, saved)
+    found = [cutting.made(removed, work, name, final)]
+    if cutting.structure.split(removed)[1] and not is_large(cutting.model):
+        other = cutting.proposed(costs, saved, whole=False)
+        if costs.of(other) <= (1 - saved) * costs.of({}):
+            found.append(cutting.made(other, work, f"{name}, channels only", final))
+    made = [one for one in found if isinstance(one, Made)]
+    return cutting.closest(made) if made else found[0]
 
 
 def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen:
