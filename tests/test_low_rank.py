@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import zoo
-from edgec.compiler import api, layers
+from edgec.compiler import layers
 from edgec.compiler import model as model_io
 from edgec.compiler.errors import UserError
 from edgec.compiler.low_rank import allocation, menu, repair
@@ -19,9 +19,9 @@ from edgec.passes.factorize import Choice
 from equivalence import sample, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prune import ELSEWHERE, alone, by_shape, images, twofold  # noqa: F401  # by_shape is a fixture
 from test_pruning_compiler import error, feeds
 from test_report import lines
+from twofold import alone, compiled, furnished
 
 FORMS = ("svd", "channels", "spatial", "tucker", "cp")
 
@@ -298,16 +298,7 @@ def test_what_cannot_be_asked_says_what_can(given):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("low_rank")
-    model_io.save(twofold(), folder / "model.onnx")
-    (folder / "model.preprocess.yaml").write_text("size: [12, 12]\nmean: [0.5, 0.5, 0.5]\nstd: [0.25, 0.25, 0.25]\n")
-    images(folder / "images")
-    return folder
-
-
-def compiled(place, out, **options):
-    given = {"device": ELSEWHERE, "precision": "fp32", "calib": place / "images", "threads": 1, **options}
-    return api.compile(place / "model.onnx", out, **given)
+    return furnished(tmp_path_factory.mktemp("low_rank"))
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +351,7 @@ def test_auto_says_why_nothing_pays_where_nothing_is_measured(place, tmp_path):
     assert [a.name for a in report.attempts] == ["fp32"] and "ow-rank" not in report.headline
 
 
-def test_where_no_chain_is_faster_nothing_is_done_and_both_times_are_shown(place, tmp_path, monkeypatch, by_shape):  # noqa: F811  # the fixture
+def test_where_no_chain_is_faster_nothing_is_done_and_both_times_are_shown(place, tmp_path, monkeypatch, by_shape):
     """With times of reads times writes, chains of these small layers take longer than the layers."""
     report = compiled(place, tmp_path / "out", low_rank="auto", device="local")
     found = report.low_rank

@@ -1,7 +1,6 @@
 """`compile --prune`: what is asked for, what is handed over, and what the report says of it.
 
-The network has every channel twice, so that half of them can go: what is cut is made up for. Nothing is measured but
-where a test is about that: the device is another one than this machine.
+Nothing is measured but where a test is about that: the device is another one than this machine (twofold.py).
 """
 
 import dataclasses
@@ -10,84 +9,25 @@ import json
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
-import numpy as np
 import onnx
 import pytest
 import zoo
 from conftest import document
-from edgec.compiler import api, guard, layers, trials
+from edgec.compiler import guard, layers, trials
 from edgec.compiler import model as model_io
 from edgec.compiler.errors import BudgetError, UserError
-from edgec.compiler.latency.shapes import shapes
-from edgec.compiler.latency.table import Timed
 from edgec.compiler.options import Saving, parse_prune
-from edgec.compiler.pruning import latencies
 from edgec.compiler.report import html, serial, tables, terminal, text
 from edgec.compiler.types import Budget, Measurement, PrunedLayer
 from equivalence import sample, session
-from PIL import Image
 from test_guard import FP32, attempt
 from test_report import full, lines
-
-ELSEWHERE = "raspberry-pi-5"
-
-
-def twofold(seed=0):
-    """Conv-BN-ReLU twice and a classifier on 3 x 12 x 12; of 16 channels 8 differ, each twice."""
-    rng = np.random.default_rng(seed)
-
-    def twice(array, axis=0):
-        return np.concatenate([array, array], axis)
-
-    values = {
-        "w1": twice(rng.normal(size=(8, 3, 3, 3)) * 0.3),
-        "w2": twice(rng.normal(size=(8, 16, 3, 3)) * 0.2),
-        "w3": rng.normal(size=(5, 16)) * 2,
-        "c3": rng.normal(size=5),
-    }
-    for i in "12":
-        values |= {f"s{i}": twice(rng.uniform(0.5, 1.5, 8)), f"b{i}": twice(rng.normal(size=8) * 0.3)}
-        values |= {f"m{i}": twice(rng.normal(size=8) * 0.1), f"var{i}": twice(rng.uniform(0.5, 1.5, 8))}
-    declared = "".join(f", float[16] {kind}{i}" for i in "12" for kind in ("s", "b", "m", "var"))
-    return zoo.model(
-        f"""g (float[N,3,12,12] image) => (float[N,5] logits)
-        <float[16,3,3,3] w1, float[16,16,3,3] w2, float[5,16] w3, float[5] c3{declared}> {{
-            a = Conv <pads = [1,1,1,1]> (image, w1)
-            n = BatchNormalization (a, s1, b1, m1, var1)
-            r = Relu (n)
-            c = Conv <pads = [1,1,1,1]> (r, w2)
-            o = BatchNormalization (c, s2, b2, m2, var2)
-            q = Relu (o)
-            p = GlobalAveragePool (q)
-            f = Flatten (p)
-            logits = Gemm <transB = 1> (f, w3, c3)
-        }}""",
-        values,
-        opset=13,
-    )
-
-
-def images(place, count=60, size=12):
-    rng = np.random.default_rng(1)
-    place.mkdir()
-    for i in range(count):
-        pixels = rng.integers(0, 256, size=(size // 3, size // 3, 3), dtype=np.uint8).repeat(3, 0).repeat(3, 1)
-        Image.fromarray(pixels).save(place / f"{i:02}.png")
+from twofold import alone, compiled, furnished
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with model.onnx, its preprocessing, and images/."""
-    folder = tmp_path_factory.mktemp("prune")
-    model_io.save(twofold(), folder / "model.onnx")
-    (folder / "model.preprocess.yaml").write_text("size: [12, 12]\nmean: [0.5, 0.5, 0.5]\nstd: [0.25, 0.25, 0.25]\n")
-    images(folder / "images")
-    return folder
-
-
-def compiled(place, out, **options):
-    given = {"device": ELSEWHERE, "precision": "fp32", "calib": place / "images", "threads": 1, **options}
-    return api.compile(place / "model.onnx", out, **given)
+    return furnished(tmp_path_factory.mktemp("prune"))
 
 
 @pytest.fixture(scope="module")
@@ -261,20 +201,6 @@ def timing(speeds):
     return measure
 
 
-@pytest.fixture
-def by_shape(monkeypatch):
-    """Stand in for the stop-watch of layers: a node takes what it reads times what it writes."""
-
-    def timed(models, feed, axes, **_):
-        found = []
-        for model in models:
-            rows = [(s.family, *s.amounts({}), 1e-3 * np.prod(s.amounts({})), 1) for s in shapes(model, feed, axes)]
-            found.append(Timed(rows, sum(row[3] for row in rows)))
-        return found
-
-    monkeypatch.setattr(latencies, "time_networks", timed)
-
-
 def test_auto_prunes_nothing_where_no_cut_is_shown_to_be_faster(place, tmp_path, monkeypatch, by_shape):
     monkeypatch.setattr(trials, "measure", timing({"pruned": 0.9}))
     report = compiled(place, tmp_path / "out", prune="auto", device="local")
@@ -383,14 +309,6 @@ def test_for_size_the_smallest_that_holds_is_kept_without_a_measurement(place, t
 
 
 # ------------------------------------------------------------------------------------------- nothing to prune
-
-
-def alone(folder, text_form, shape):
-    """Write a model and samples for it; nothing of it is an image."""
-    model_io.save(zoo.model(text_form), folder / "model.onnx")
-    (folder / "samples").mkdir()
-    np.save(folder / "samples" / "samples.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))
-    return folder
 
 
 @pytest.mark.parametrize("asked", ["auto", "30%"])

@@ -7,7 +7,7 @@ made up itself (reorders, transposes) belongs to the node that makes the tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import onnx_ir as ir
 
@@ -38,7 +38,7 @@ def by_node(kernels: Iterable[Kernel], model: ir.Model) -> dict[str, tuple[float
             home = next((homes[name] for name in (longest_known(n, homes) for n in names) if name), source)
         op = next((op for op in LINEAR if op in kernel.op and "Integer" not in kernel.op), None)
         if home is not None and op is not None and home.op_type != op:
-            home = _behind(home, lambda node, op=op: node.op_type == op and node not in claimed) or home  # type: ignore[misc]  # op is bound
+            home = _behind(home, op, claimed) or home
         if home is not None and op is not None:
             claimed.add(home)
         for name in kernel.outputs:
@@ -49,8 +49,8 @@ def by_node(kernels: Iterable[Kernel], model: ir.Model) -> dict[str, tuple[float
     return found
 
 
-def _behind(node: ir.Node, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
-    """Return the nearest node before this one that is wanted, through nodes that are no layers."""
+def _behind(node: ir.Node, op: str, claimed: Collection[ir.Node]) -> ir.Node | None:
+    """Return the nearest unclaimed layer of this kind before a node, through nodes that are no layers."""
     waiting, tried = [node], {node}
     while waiting:
         at = waiting.pop(0)
@@ -58,7 +58,7 @@ def _behind(node: ir.Node, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
             producer = value.producer() if value is not None else None
             if producer is None or producer in tried:
                 continue
-            if wanted(producer):
+            if producer.op_type == op and producer not in claimed:
                 return producer
             tried.add(producer)
             if producer.op_type not in LINEAR:

@@ -41,9 +41,11 @@ class Shape:
 
     def amounts(self, left: Mapping[str, float]) -> tuple[float, float]:
         """Return how much is read and written where the part `left` of a tensor is (1 if not named)."""
-        return tuple(  # type: ignore[return-value]  # of two
-            sum(port.amount * left.get(port.tensor, 1.0) for port in ports) for ports in (self.inputs, self.outputs)
-        )
+        return _amount(self.inputs, left), _amount(self.outputs, left)
+
+
+def _amount(ports: Sequence[Port], left: Mapping[str, float]) -> float:
+    return sum(port.amount * left.get(port.tensor, 1.0) for port in ports)
 
 
 def name_of(node: ir.Node) -> str:

@@ -11,6 +11,7 @@ every node that computes, with or without a weight: there the axes are the chann
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,8 +105,12 @@ def counted(model: ir.Model, groups: Sequence[ChannelGroup], unit: str) -> Costs
         name = name_of(node)
         whole = float(weight.const_value.size if unit == "params" else layers.macs(node) or 0)
         mine = tuple(axes.get((name, weight.name or ""), {}).values())
-        found[name] = LayerCost(mine, lambda left, whole=whole: whole * math.prod(left))  # type: ignore[misc]  # whole is bound
+        found[name] = LayerCost(mine, functools.partial(_part_of, whole))
     return Costs(found, unit)
+
+
+def _part_of(whole: float, left: Sequence[float]) -> float:
+    return whole * math.prod(left)
 
 
 def _axes(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], dict[int, Axis]]:

@@ -105,13 +105,16 @@ class Cutting:
         assert this.images is not None
         structure, threads = Structure.of(model), this.threads
         feeds = repair_feeds(model, this.images, threads=threads) if structure else []
-        common = {
-            "seed": this.options.seed, "threads": threads, "deadline": this.deadline, "progress": this.progress,
-        }  # fmt: skip
-        rankings = {
-            **importance.rank(model, structure.groups.groups, feeds, **common),  # type: ignore[arg-type]  # several types
-            **rank_branches(model, structure.branches.branches, feeds, **common),  # type: ignore[arg-type]  # the same
-        } if structure else {}  # fmt: skip
+        seed, deadline, progress = this.options.seed, this.deadline, this.progress
+        rankings: dict[str, importance.Ranking] = {}
+        if structure:
+            rankings |= importance.rank(
+                model, structure.groups.groups, feeds, seed=seed, threads=threads, deadline=deadline, progress=progress
+            )
+            rankings |= rank_branches(
+                model, structure.branches.branches, feeds,
+                seed=seed, threads=threads, deadline=deadline, progress=progress,
+            )  # fmt: skip
         return cls(this, model, structure, feeds, rankings, [r for r in before if r.modified], start)
 
     @property
