@@ -186,6 +186,16 @@ def test_a_network_that_is_learned_is_foretold_as_it_was_timed():
     assert table.learned(whole, 4.5, disturbed) is table
 
 
+def test_what_two_networks_share_keeps_its_time_and_the_rest_takes_what_is_left():
+    """So the ratio of the two comes out as it was timed, whatever noise there was in one shared kernel."""
+    table = LatencyTable({"f": {(8.0, 8.0): 1.0, (16.0, 16.0): 4.0}, CALL: {(0.0, 0.0): 0.5}})
+    whole = Timed([("f", 16.0, 16.0, 4.0, 1), ("f", 8.0, 8.0, 1.0, 1)], 5.5)
+    other = Timed([("f", 12.0, 12.0, 3.0, 1), ("f", 8.0, 8.0, 1.2, 1)], 4.3)
+    found = table.learned(whole, 5.5, other)
+    assert found.ms("f", 16, 16) == 4.0 and found.ms("f", 8, 8) == 1.0
+    assert found.call_ms + found.ms("f", 12, 12) + found.ms("f", 8, 8) == pytest.approx(4.3)
+
+
 def test_timed_shapes_are_kept_for_other_networks(tmp_path):
     def memory():
         return Memory(context("layers", precision="fp32"), tmp_path / "measured.sqlite")

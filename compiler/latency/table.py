@@ -95,16 +95,22 @@ class LatencyTable:
     def learned(self, whole: Timed, whole_ms: float, other: Timed) -> LatencyTable:
         """Return the table with another network's shapes, timed beside one that is known to take `whole_ms`.
 
-        The machine may be slower or faster than it was; and the nodes add up to what the network took.
+        The machine may be slower or faster than it was. What both networks have keeps its time, so the whole network
+        takes what it took; the other shapes share what the other network took beyond that.
         """
         drift = whole_ms / whole.whole_ms
         usual, scale = (self._scale(one, drift) for one in (whole, other))
         if not 1 / _STEADY <= scale / usual <= _STEADY:
             return self  # somebody else used the machine while one of them was timed
-        times = self._undistorted(other)
+        both = {node[:3] for node in whole.nodes}
+        kept = sum(self.ms(*node[:3]) or 0.0 for node in other.nodes if node[:3] in both)
+        own = [
+            (node, ms) for node, ms in zip(other.nodes, self._undistorted(other), strict=True) if node[:3] not in both
+        ]
+        left = max(other.whole_ms * drift - self.call_ms - kept, 0.0) / max(sum(ms for _, ms in own), 1e-9)
         found: dict[str, dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
-        for (family, inputs, outputs, *_), ms in zip(other.nodes, times, strict=True):
-            found[family][inputs, outputs].append(scale * ms)
+        for (family, inputs, outputs, *_), ms in own:
+            found[family][inputs, outputs].append(left * ms)
         known = {**self.known}
         for family, points in found.items():
             known[family] = {**known.get(family, {}), **{at: float(np.median(t)) for at, t in points.items()}}

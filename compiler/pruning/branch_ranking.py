@@ -69,10 +69,27 @@ def rank_branches(
     for branch in branches:
         if deadline is not None and time.monotonic() >= deadline:
             break
-        error = probe.error(repaired(model, {}, few, ridge, branches=[branch], seed=seed, threads=threads))
+        left = repaired(
+            model,
+            {},
+            few,
+            ridge,
+            branches=[branch],
+            makers=False,
+            skip=_before(model, branch),
+            seed=seed,
+            threads=threads,
+        )
+        error = probe.error(left)
         found[branch.name] = Ranking((0,), np.array([0.0, error / (_MORE_LEFT * _LEFT_OF_GROUPS)]))
         progress("ranking branches", len(found), len(branches))
     return found
+
+
+def _before(model: ir.Model, branch: Branch) -> list[str]:
+    """Return the nodes in front of a branch: what they read is as it was, so there is nothing to be fitted."""
+    names = [node.name or "" for node in model.graph]
+    return names[: min(names.index(name) for name in branch.nodes)]
 
 
 def _with_means(

@@ -78,13 +78,15 @@ def proposed(
 class Made:
     """A cut network, repaired and not. `removed`: the units that are gone, by group.
 
-    `final`: the layers that make what was cut were fitted, too, which takes three times as long.
+    `final`: the layers that make what was cut were fitted, too, which takes three times as long. `foretold`: how many
+    times as fast as the whole network it was foretold to be.
     """
 
     candidate: Candidate
     unrepaired: Candidate
     removed: Mapping[str, Sequence[int]]
     final: bool = False
+    foretold: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +141,21 @@ class Cutting:
         rankings = {name: ranking for name, ranking in self.rankings.items() if name not in branches}
         return proposed(self.structure, costs, rankings, saved, self.steps)
 
-    def closest(self, several: Sequence[Made]) -> Made:
-        """Return the one whose outputs err least on the calibration images."""
-        if len(several) == 1:
-            return several[0]
+    def closest(
+        self, proposals: Sequence[Mapping[str, Sequence[int]]], work: Path, name: str, final: bool = False
+    ) -> Made | str:
+        """Make what is proposed, with branches and without, and return what errs least on the calibration images."""
+        names = [name, f"{name}, channels only"]
+        found = [self.made(one, work, called, final) for one, called in zip(proposals, names, strict=False)]
+        made = [one for one in found if isinstance(one, Made)]
+        if len(made) < 2:
+            return made[0] if made else found[0]
         probe = Probe(self.model, self.feeds, self.this.threads)
-        return min(several, key=lambda made: probe.error(made.candidate.model))
+        return min(made, key=lambda one: probe.error(one.candidate.model))
+
+    def loses_branches(self, removed: Mapping[str, Sequence[int]]) -> bool:
+        """Say whether branches go, and a cut in channels alone is worth a try: what branches cost does not add up."""
+        return bool(self.structure.split(removed)[1]) and not is_large(self.model)
 
     def made(self, removed: Mapping[str, Sequence[int]], work: Path, name: str, final: bool = False) -> Made | str:
         """Return the network without these units, as files in `work`; or why there is none."""

@@ -28,7 +28,6 @@ from ..types import Pruning
 from .costs import Costs
 from .cutting import Cutting, Made
 from .latencies import Pricing, delivery
-from .probe import is_large
 from .race import Chosen, Race
 
 if TYPE_CHECKING:
@@ -96,14 +95,11 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
 
 def _part(cutting: Cutting, costs: Costs, saved: float, work: Path, final: bool) -> Made | str:
     """Return the network without that part of the cost: with branches gone or without, whichever comes closer."""
-    name, removed = f"pruned {100 * saved:.0f}%", cutting.proposed(costs, saved)
-    found = [cutting.made(removed, work, name, final)]
-    if cutting.structure.split(removed)[1] and not is_large(cutting.model):
+    proposals = [cutting.proposed(costs, saved)]
+    if cutting.loses_branches(proposals[0]):
         other = cutting.proposed(costs, saved, whole=False)
-        if costs.of(other) <= (1 - saved) * costs.of({}):
-            found.append(cutting.made(other, work, f"{name}, channels only", final))
-    made = [one for one in found if isinstance(one, Made)]
-    return cutting.closest(made) if made else found[0]
+        proposals += [other] if costs.of(other) <= (1 - saved) * costs.of({}) else []
+    return cutting.closest(proposals, work, f"pruned {100 * saved:.0f}%", final)
 
 
 def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen:

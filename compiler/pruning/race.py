@@ -21,7 +21,6 @@ from ..candidates import Candidate
 from ..types import Attempt, Fidelity, PruneTrial
 from .cutting import Cutting, Made
 from .latencies import Pricing
-from .probe import is_large
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -148,21 +147,16 @@ class Race:
         """Return a cut that is foretold to save the part, or what can be saved, of the time; or why there is none."""
         removed = self._proposed(part) if removed is None else removed
         proposals = [removed, *self._without_branches(part, removed)]
-        names = (f"pruned {100 * part:.3g}% of the time{', channels only' if i else ''}" for i in range(2))
-        found = [self.cutting.made(one, self.work, name) for one, name in zip(proposals, names, strict=False)]
-        made = [one for one in found if isinstance(one, Made)]
-        if not made:
-            return str(found[0])
-        self.made.append(self.cutting.closest(made))
+        made = self.cutting.closest(proposals, self.work, f"pruned {100 * part:.3g}% of the time")
+        if isinstance(made, str):
+            return made
+        costs = self.prices.costs()
+        self.made.append(replace(made, foretold=costs.of({}) / costs.of(made.removed)))
         return self.made[-1]
 
     def _without_branches(self, part: float, removed: dict[str, list[int]]) -> list[dict[str, list[int]]]:
-        """Return what is proposed if branches stay, where some go and this saves as much.
-
-        What two branches cost together is not the sum of what they cost alone: the repaired networks tell.
-        """
-        _, branches = self.cutting.structure.split(removed)
-        if not branches or is_large(self.cutting.model):
+        """Return what is proposed if branches stay, where some go and this saves as much."""
+        if not self.cutting.loses_branches(removed):
             return []
         other = self.prices.settled(lambda costs: self.cutting.proposed(costs, part, whole=False))
         costs = self.prices.costs()
@@ -176,9 +170,7 @@ class Race:
         return self._row(one, attempt.measurement.speedup, drop, attempt.verdict)
 
     def _row(self, one: Made, speed: float | None, drop: float | None, verdict: str) -> PruneTrial:
-        costs = self.prices.costs()
-        foretold = costs.of({}) / costs.of(one.removed)
-        return PruneTrial(one.candidate.name, self.prices.run.precision, foretold, speed, drop, verdict)
+        return PruneTrial(one.candidate.name, self.prices.run.precision, one.foretold, speed, drop, verdict)
 
     def _out_of_time(self) -> bool:
         return self.this.seconds_left == 0

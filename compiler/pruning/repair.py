@@ -18,7 +18,7 @@ On ResNet-20 with half of its MACs cut, fitting each layer to its own old output
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -52,6 +52,7 @@ def repaired(
     *,
     branches: Sequence[Branch] = (),
     makers: bool = True,
+    skip: Collection[str] = (),
     seed: int = 0,
     threads: int = 0,
     progress: Progress = silent,
@@ -88,7 +89,7 @@ def repaired(
 
     steps = walk(
         model, masked, batches, refit,
-        floats=True, skip=inside, forgive=not is_large(model), held_out=held_out, ahead=makers,
+        floats=True, skip={*inside, *skip}, forgive=not is_large(model), held_out=held_out, ahead=makers,
         seed=seed, threads=threads, progress=progress,
     )  # fmt: skip
     cut = channel_cuts.cut(_written(silent_model, steps), removed)
