@@ -46,7 +46,7 @@ def run(case: Case, data: Path, place: Path, criteria: list[str], saved: list[fl
     model, _ = pipeline.run(model_io.copy(original), [*pipeline.exact_passes(), JoinMoves()], None)
     groups = channel_cuts.groups(model)
     feeds = repair_feeds(model, this.images, threads=threads)
-    costs, steps = counted(model, groups.groups, "macs"), steps_of(groups, this.profile.kind)
+    costs, steps = counted(model, groups.groups, "macs"), steps_of(groups, this.profile)
     count = sum(len(next(iter(feed.values()))) for feed in feeds)
     print(f"\n### {case.model}: {len(groups.groups)} groups, {count} images to repair by\n")
     heads = ("criterion", "MACs cut %", "parameters cut %", "figure", "FP32", "cut", "repaired")

@@ -16,6 +16,7 @@ from edgec.compiler.latency.table import CALL, LatencyTable, Timed, from_timed
 from edgec.compiler.memory import Memory, context
 from edgec.compiler.pruning import costs as pruning_costs
 from edgec.compiler.pruning import latencies
+from edgec.compiler.pruning.cutting import steps_of
 from edgec.compiler.pruning.latencies import Delivery, Pricing, variants
 from edgec.compiler.pruning.structure import Structure
 from edgec.passes import channel_cuts
@@ -213,6 +214,20 @@ def test_timed_shapes_are_kept_for_other_networks(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- cuts that are timed
+
+
+@pytest.mark.parametrize(
+    ("kind", "multiple", "units", "step"),
+    [
+        ("cpu", 16, 64, 4), ("cpu", 16, 12, 1), ("gpu", 32, 256, 32), ("gpu", 32, 64, 16), ("gpu", 32, 20, 4),
+        ("soc", 8, 96, 8), ("soc", 8, 6, 1), ("gpu", 2, 64, 2), ("gpu", 1, 64, 1),
+    ],
+)  # fmt: skip
+def test_channels_go_in_multiples_of_the_device(kind, multiple, units, step):
+    """At most a quarter of a group at a time."""
+    groups = [SimpleNamespace(name="g", units=units)]
+    found = steps_of(SimpleNamespace(groups=groups), SimpleNamespace(kind=kind, channel_multiple=multiple))
+    assert found == ({"g": step} if step > 1 else {})
 
 
 def test_the_networks_that_are_timed_show_every_size_of_every_group():

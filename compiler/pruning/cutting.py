@@ -13,7 +13,7 @@ from .. import layers, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
 from ..proof import Prover
-from ..types import PassRecord, PrunedLayer, PruneTrial, Pruning
+from ..types import DeviceProfile, PassRecord, PrunedLayer, PruneTrial, Pruning
 from . import allocation, importance
 from .branch_ranking import rank_branches
 from .costs import Costs
@@ -30,23 +30,30 @@ if TYPE_CHECKING:
     from ..job import Job
     from ..options import Saving
 
-#: Device kind -> the multiple of channels that is cut. On a CPU ONNX Runtime works on blocks of channels: FastestDet
-#: with 30 % of its MACs cut one by one is 1.45 times slower than whole, in fours 1.25 times faster, in eights and
-#: sixteens no more. GPUs' matrix units want eights (NVIDIA, "Deep Learning Performance: tensor core requirements").
-MULTIPLES = {"cpu": 4}
-_OTHERS = 8
+#: What is cut on CPUs, less than their blocks: what a cut inside a block saves is for the table of times to say.
+#: FastestDet with 30 % of its MACs cut one by one is 1.45 times slower than whole, in fours 1.25 times faster, in
+#: eights and sixteens no more (ONNX Runtime, AVX512).
+CPU_STEP = 4
 #: The cut network gives what the masked one gives, but for sums in another order.
 TOLERANCE = 1e-4
 
 
-def steps_of(groups: ChannelGroups, kind: str) -> dict[str, int]:
-    """Return how many units of each group go at a time on a kind of device, so that its kernels stay fast.
+def steps_of(groups: ChannelGroups, profile: DeviceProfile) -> dict[str, int]:
+    """Return how many units of each group go at a time on a device, so that its kernels stay fast.
 
-    Of a group of few units one at a time: four in eight are half of it, and no kernel is fast on so few.
+    That is the device's channel multiple, halved until a group has four of them: two in three would be too coarse. Of
+    a group that has no four fours units go one at a time: no kernel is fast on so few.
     """
-    multiple = MULTIPLES.get(kind, _OTHERS)
-    wide = [group for group in groups.groups if group.units % multiple == 0 and group.units >= 4 * multiple]
-    return {group.name: multiple for group in wide}
+    multiple = CPU_STEP if profile.kind == "cpu" else profile.channel_multiple
+    steps = {group.name: _step(group.units, multiple) for group in groups.groups}
+    return {name: step for name, step in steps.items() if step > 1}
+
+
+def _step(units: int, multiple: int) -> int:
+    step = multiple
+    while step > CPU_STEP and (units % step or units < 4 * step):
+        step //= 2
+    return 1 if units % step or units < 4 * step else step
 
 
 def proposed(
@@ -130,7 +137,7 @@ class Cutting:
     @property
     def steps(self) -> dict[str, int]:
         """How many units of each group go at a time."""
-        return steps_of(self.structure.groups, self.this.profile.kind)
+        return steps_of(self.structure.groups, self.this.profile)
 
     def proposed(self, costs: Costs, saved: float, whole: bool = True) -> dict[str, list[int]]:
         """Return the units that go, so that the part `saved` of the cost does, or as much as there is.
