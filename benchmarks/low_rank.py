@@ -26,7 +26,7 @@ from edgec.compiler.low_rank import menu
 from edgec.compiler.options import Options
 from edgec.compiler.pruning.images import repair_feeds
 from edgec.compiler.types import silent
-from edgec.passes import factorize, low_rank
+from edgec.passes import factorize
 from edgec.passes.factorize import Choice
 from int8 import CASES, _part
 
@@ -45,37 +45,20 @@ def forms(path: Path, calib: Path, held_out: Path, pre: str | None, threads: int
     start = time.perf_counter()
     known = {s.node.name: s for s in menu.seen(model, repair_feeds(model, this.images, threads=threads))}
     few = this.judged.subset(range(0, len(this.judged), max(1, len(this.judged) // _IMAGES)))
-    unseen = {s.node.name: s.metric for s in menu.seen(model, [batch.feed for batch in few.batches(16)])}
+    unseen = {s.node.name: s for s in menu.seen(model, [batch.feed for batch in few.batches(16)])}
     gains: dict[str, list[float]] = defaultdict(list)
     aware_db: dict[str, list[float]] = defaultdict(list)
     for name, layer in known.items():
         shape = layer.weight.shape
-        for form in factorize.forms(shape):
-            if form == "tucker":
-                part = next(
-                    (
-                        p
-                        for p in np.arange(0.95, 0.05, -0.02)
-                        if _tucker(shape, p).weights(shape) <= layer.weight.size / 2
-                    ),
-                    None,
-                )
-                choice = None if part is None else _tucker(shape, part)
-            else:
-                rank = int(layer.weight.size / 2 / Choice(form, (1,)).weights(shape))
-                choice = Choice(form, (rank,)) if rank else None
-            if choice is None:
-                continue
-            plain = np.eye(len(layer.metric))
+        plain = [np.eye(layer.weight[0, 0].size)] * len(layer.weight)
+        for choice in filter(None, (_half(form, shape) for form in factorize.forms(shape))):
             errors = [
-                low_rank.error_of(
-                    layer.weight, factorize.composed(choice.fitted(layer.weight, metric), shape), unseen[name]
-                )
-                for metric in (layer.metric, plain)
+                unseen[name].lost(factorize.composed(choice.fitted(layer.weight, metrics), shape))
+                for metrics in (layer.metrics, plain)
             ]
-            if min(errors) > 1e-12:
-                gains[form].append(10 * math.log10(errors[1] / errors[0]))
-                aware_db[form].append(-10 * math.log10(errors[0]))
+            if min(errors) > 1e-12 * unseen[name].energy:
+                gains[choice.form].append(10 * math.log10(errors[1] / errors[0]))
+                aware_db[choice.form].append(-10 * math.log10(errors[0] / unseen[name].energy))
     print("| form | layers | SQNR dB, mean | gain dB, mean | least gain dB |\n|---|---|---|---|---|")
     for form, found in gains.items():
         mean = sum(aware_db[form]) / len(found)
@@ -85,8 +68,16 @@ def forms(path: Path, calib: Path, held_out: Path, pre: str | None, threads: int
     print(f"\n{time.perf_counter() - start:.0f} s\n", flush=True)
 
 
-def _tucker(shape: tuple[int, ...], part: float) -> Choice:
-    return Choice("tucker", (max(1, int(part * shape[0])), max(1, int(part * shape[1]))))
+def _half(form: str, shape: tuple[int, ...]) -> Choice | None:
+    """Return the form with half of the parameters of a weight (groups, out, in, k…); None where that is no rank."""
+    half = math.prod(shape) / 2
+    if form != "tucker":
+        rank = int(half / Choice(form, (1,)).weights(shape))
+        return Choice(form, (rank,)) if rank else None
+    choices = (
+        Choice(form, (max(1, int(p * shape[1])), max(1, int(p * shape[2])))) for p in np.arange(0.95, 0.05, -0.02)
+    )
+    return next((choice for choice in choices if choice.weights(shape) <= half), None)
 
 
 def parts(path: Path, calib: Path, held_out: Path, pre: str | None, saved: list[str], threads: int) -> None:

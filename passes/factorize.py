@@ -1,6 +1,6 @@
 """A layer written as a chain of smaller ones, given the factors (low_rank.py): the graph's side of factorization.
 
-    form        Conv (out, in, k…)                                             Gemm, MatMul
+    form        Conv (out, in, k…), of each group                              Gemm, MatMul
     svd         k… to rank, 1x1 to out                                         to rank, to out
     channels    1x1 to rank, k… to out                                         -
     spatial     K x 1 to rank, 1 x K to out (two dimensions)                   -
@@ -8,13 +8,14 @@
     cp          1x1 to rank, depthwise K x 1, depthwise 1 x K, 1x1 to out (two dimensions)     -
 
 Strides, padding and dilations go to the factor that has the kernel along that axis; padding with zeros passes through
-what comes before, which has no bias. The bias stays with the last factor, activations stay where they were.
+what comes before, which has no bias. The bias stays with the last factor, activations stay where they were. What works
+in groups becomes a chain in as many groups, of one rank each.
 
 Rules
 1. A chain replaces a layer only where it has fewer weights than the layer.
 2. The chain's output has the layer's name, and so have its readers.
 
-Not touched: convolutions in groups, weights that others read or that are computed, ConvTranspose.
+Not touched: weights that others read or that are computed, ConvTranspose.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from . import low_rank
+from . import cp, low_rank
 from .constants import Names, add_initializer, remove_unused, supplant
 from .low_rank import Factors
+from .metric import Metric, energy_of
 from .shapes import infer_shapes
 
 RULE = "factorize"
@@ -37,65 +39,74 @@ _CONV = ("svd", "channels", "spatial", "tucker", "cp")
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """A form and its factors: arrays as low_rank.py has them."""
+    """A form and its factors, of each group: arrays as low_rank.py has them. `error` is that of all groups together."""
 
     form: str
-    factors: Factors
+    groups: tuple[Factors, ...]
+    error: float
 
     @property
     def weights(self) -> int:
         """How many numbers the factors have."""
-        return sum(array.size for array in self.factors.arrays)
+        return sum(array.size for factors in self.groups for array in factors.arrays)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A form with its ranks: one number, or two (of the outputs, of the inputs) for tucker."""
+    """A form with its ranks, of each group: one number, or two (of the outputs, of the inputs) for tucker."""
 
     form: str
     ranks: tuple[int, ...]
 
-    def fitted(self, weight: np.ndarray, metric: np.ndarray, sweeps: int = low_rank.SWEEPS) -> Chain:
-        """Return the factors of a weight (out, in, k…) that are best in the metric, (in k…)^2, of what it reads."""
+    def fitted(self, weight: np.ndarray, metrics: Sequence[Metric], sweeps: int = low_rank.SWEEPS) -> Chain:
+        """Return the factors of a weight (groups, out, in, k…) that are best in the metric of what each group reads."""
         seen = weight.astype(np.float64)
-        return Chain(self.form, _FITS[self.form](seen, metric, self.ranks, sweeps))
+        found = tuple(_FITS[self.form](w, h, self.ranks, sweeps) for w, h in zip(seen, metrics, strict=True))
+        energies = [energy_of(w, h) for w, h in zip(seen, metrics, strict=True)]
+        lost, whole = sum(f.error * e for f, e in zip(found, energies, strict=True)), sum(energies)
+        return Chain(self.form, found, lost / whole if whole > 0 else 0.0)
 
     def weights(self, shape: Sequence[int]) -> int:
-        """How many numbers the factors of a weight (out, in, k…) have."""
-        (out, ins, *kernel), ranks = shape, self.ranks
+        """How many numbers the factors of a weight (groups, out, in, k…) have."""
+        (groups, out, ins, *kernel), ranks = shape, self.ranks
         size, first = math.prod(kernel), ranks[0]
         if self.form == "svd":
-            return first * (out + ins * size)
+            return groups * first * (out + ins * size)
         if self.form == "channels":
-            return first * (ins + out * size)
+            return groups * first * (ins + out * size)
         if self.form == "spatial":
-            return first * (ins * kernel[0] + out * kernel[1])
+            return groups * first * (ins * kernel[0] + out * kernel[1])
         if self.form == "tucker":
-            return out * first + first * ranks[1] * size + ranks[1] * ins
-        return first * (out + ins + sum(kernel))
+            return groups * (out * first + first * ranks[1] * size + ranks[1] * ins)
+        return groups * first * (out + ins + sum(kernel))
 
 
 def forms(shape: Sequence[int]) -> tuple[str, ...]:
-    """Return the forms that a weight (out, in, k…) can have."""
-    kernel = shape[2:]
+    """Return the forms that a weight (groups, out, in, k…) can have."""
+    _, out, ins, *kernel = shape
+    flat = len(kernel) == 2 and min(kernel) > 1
+    if out == ins == 1:
+        return ("spatial",) if flat else ()
     if math.prod(kernel) == 1:
         return ("svd",)
-    flat = len(kernel) == 2 and min(kernel) > 1
     return _CONV if flat else ("svd", "channels", "tucker")
 
 
 def composed(chain: Chain, shape: Sequence[int]) -> np.ndarray:
-    """Return the weight (out, in, k…), float64, that a chain stands for."""
-    arrays = chain.factors.arrays
-    found: np.ndarray
-    if chain.form == "svd":
-        found = np.tensordot(arrays[0], arrays[1], 1)
-    elif chain.form == "cp":
-        found = np.einsum("or,ir,yr,xr->oiyx", *arrays, optimize=True)
-    else:
-        found = np.einsum("orq,pr->opq", arrays[-2], arrays[-1], optimize=True)
-        found = np.tensordot(arrays[0], found, 1) if chain.form == "tucker" else found
+    """Return the weight (groups, out, in, k…), float64, that a chain stands for."""
+    found: np.ndarray = np.stack([_composed(chain.form, factors.arrays) for factors in chain.groups])
     return found.reshape(shape)
+
+
+def _composed(form: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    found: np.ndarray
+    if form == "svd":
+        return np.tensordot(arrays[0], arrays[1], 1)
+    if form == "cp":
+        found = np.einsum("or,ir,yr,xr->oiyx", *arrays, optimize=True)
+        return found
+    found = np.einsum("orq,pr->opq", arrays[-2], arrays[-1], optimize=True)
+    return np.tensordot(arrays[0], found, 1) if form == "tucker" else found
 
 
 def _in_parts(weight: np.ndarray, rows: bool = False) -> np.ndarray:
@@ -104,12 +115,12 @@ def _in_parts(weight: np.ndarray, rows: bool = False) -> np.ndarray:
     return weight.reshape(out, ins * weight.shape[2], -1) if rows else weight.reshape(out, ins, -1)
 
 
-_FITS: Mapping[str, Callable[[np.ndarray, np.ndarray, tuple[int, ...], int], Factors]] = {
-    "svd": lambda w, h, ranks, _: low_rank.svd(w, h, ranks[0]),
+_FITS: Mapping[str, Callable[..., Factors]] = {
+    "svd": lambda w, h, ranks, _: low_rank.svd(w, low_rank.spectrum(w, h), ranks[0]),
     "channels": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w), h, ranks[0], sweeps),
     "spatial": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w, rows=True), h, ranks[0], sweeps),
     "tucker": lambda w, h, ranks, sweeps: low_rank.tucker(_in_parts(w), h, ranks[0], ranks[1], sweeps),
-    "cp": lambda w, h, ranks, sweeps: low_rank.cp(w, h, ranks[0], sweeps=4 + 4 * sweeps),
+    "cp": lambda w, h, ranks, sweeps: cp.cp(w, h, ranks[0], sweeps=4 + 4 * sweeps),
 }
 
 # ------------------------------------------------------------------------------------------- which layers
@@ -122,8 +133,6 @@ def objection(node: ir.Node) -> str | None:
         return "its weight is computed at run time"
     if node.op_type == "ConvTranspose":
         return "there is no form for ConvTranspose"
-    if node.attributes.get_int("group", 1) != 1:
-        return "it works in groups"
     if len(weight.uses()) > 1 or weight.is_graph_output() or weight.is_graph_input():
         return "its weight is shared"
     if len(weight.const_value.shape) < 2 or (node.op_type == "MatMul" and len(weight.const_value.shape) != 2):
@@ -134,12 +143,20 @@ def objection(node: ir.Node) -> str | None:
     return None
 
 
-def as_matrix(node: ir.Node, weight: np.ndarray) -> np.ndarray:
-    """Return a layer's weight as (out, in, k…)."""
-    return weight.T if is_turned(node) else weight
+def as_groups(node: ir.Node, weight: np.ndarray) -> np.ndarray:
+    """Return a layer's weight as (groups, out, in, k…)."""
+    groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+    rows = weight.T if _is_turned(node) else weight
+    return rows.reshape(groups, -1, *rows.shape[1:])
 
 
-def is_turned(node: ir.Node) -> bool:
+def as_stored(node: ir.Node, weight: np.ndarray) -> np.ndarray:
+    """Return (groups, out, in, k…) as the layer stores it."""
+    rows = weight.reshape(-1, *weight.shape[2:])
+    return rows.T if _is_turned(node) else rows
+
+
+def _is_turned(node: ir.Node) -> bool:
     """Say whether a layer's weight is stored as (in, out)."""
     return node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
 
@@ -163,8 +180,8 @@ def factorized(model: ir.Model, chains: Mapping[str, Chain]) -> ir.Model:
 def _replace(graph: ir.Graph, node: ir.Node, chain: Chain, names: Names) -> None:
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
-    shape, dtype = as_matrix(node, weight.const_value.numpy()).shape, weight.const_value.dtype
-    links = _links(node, chain, shape)
+    dtype, kernel = weight.const_value.dtype, tuple(weight.const_value.shape.numpy()[2:])
+    links = _links(node, chain, kernel)
     value, made = node.inputs[0], list[ir.Node]()
     for i, (array, attributes) in enumerate(links):
         last = i == len(links) - 1
@@ -184,35 +201,46 @@ def _replace(graph: ir.Graph, node: ir.Node, chain: Chain, names: Names) -> None
 _Link = tuple[np.ndarray, list[ir.Attr]]
 
 
-def _links(node: ir.Node, chain: Chain, shape: Sequence[int]) -> list[_Link]:
+def _links(node: ir.Node, chain: Chain, kernel: Sequence[int]) -> list[_Link]:
     """Return the weight and the attributes of each layer of a chain, the first to run first."""
-    arrays = chain.factors.arrays
+    arrays = chain.groups[0].arrays
     if node.op_type == "MatMul":
         return [(array.T, []) for array in reversed(arrays)]
     if node.op_type == "Gemm":
         return [(array, [ir.AttrInt64("transB", 1)]) for array in reversed(arrays)]
-    (_, ins, *kernel), rank = shape, arrays[-1].shape[-1]
-    point = [1] * len(kernel)
-    one, whole = _attributes(node, kernel, ()), _attributes(node, kernel, range(len(kernel)))
-    if chain.form == "svd":
+    of_groups = [_convolutions(chain.form, factors.arrays, kernel) for factors in chain.groups]
+    found = []
+    for links in zip(*of_groups, strict=True):
+        array, along, groups = np.concatenate([one for one, _, _ in links]), links[0][1], sum(g for _, _, g in links)
+        attributes = _attributes(node, kernel, along)
+        found.append((array, [*attributes, ir.AttrInt64("group", groups)] if groups > 1 else attributes))
+    return found
+
+
+def _convolutions(
+    form: str, arrays: Sequence[np.ndarray], kernel: Sequence[int]
+) -> list[tuple[np.ndarray, Sequence[int], int]]:
+    """Return of each convolution of one group: its weight, the axes along which it has the kernel, and its groups."""
+    rank, point, every = arrays[-1].shape[-1], [1] * len(kernel), range(len(kernel))
+    if form == "svd":
         last, first = arrays
-        return [(first.reshape(-1, ins, *kernel), whole), (last.reshape(*last.shape, *point), one)]
-    if chain.form == "cp":
+        return [(first, every, 1), (last.reshape(*last.shape, *point), (), 1)]
+    if form == "cp":
         last, first, rows, columns = arrays
-        alone = [ir.AttrInt64("group", rank)]
         return [
-            (first.T.reshape(rank, ins, 1, 1), one),
-            (rows.T.reshape(rank, 1, -1, 1), [*_attributes(node, kernel, (0,)), *alone]),
-            (columns.T.reshape(rank, 1, 1, -1), [*_attributes(node, kernel, (1,)), *alone]),
-            (last.reshape(*last.shape, 1, 1), one),
+            (first.T.reshape(rank, -1, 1, 1), (), 1),
+            (rows.T.reshape(rank, 1, -1, 1), (0,), rank),
+            (columns.T.reshape(rank, 1, 1, -1), (1,), rank),
+            (last.reshape(*last.shape, 1, 1), (), 1),
         ]
-    if chain.form == "spatial":
-        core, first = arrays
-        tall = first.T.reshape(rank, ins, kernel[0], 1)
-        return [(tall, _attributes(node, kernel, (0,))), (core[:, :, None], _attributes(node, kernel, (1,)))]
     core, first = arrays[-2:]
-    links = [(first.T.reshape(rank, ins, *point), one), (core.reshape(*core.shape[:2], *kernel), whole)]
-    return links if chain.form == "channels" else [*links, (arrays[0].reshape(*arrays[0].shape, *point), one)]
+    if form == "spatial":
+        return [(first.T.reshape(rank, -1, kernel[0], 1), (0,), 1), (core[:, :, None], (1,), 1)]
+    links: list[tuple[np.ndarray, Sequence[int], int]] = [
+        (first.T.reshape(rank, -1, *point), (), 1),
+        (core.reshape(*core.shape[:2], *kernel), every, 1),
+    ]
+    return links if form == "channels" else [*links, (arrays[0].reshape(*arrays[0].shape, *point), (), 1)]
 
 
 def _attributes(node: ir.Node, kernel: Sequence[int], along: Sequence[int]) -> list[ir.Attr]:

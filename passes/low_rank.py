@@ -2,7 +2,7 @@
 
 Algebra. A layer reads rows of X (n, in) and gives Y = X W'. Any other weight V of its shape errs by
 
-    |X (W - V)'|^2 = tr (W - V) H (W - V)'          H = X'X  (with a ridge: H + r I, r = ridge * mean of H's diagonal)
+    |X (W - V)'|^2 = tr (W - V) H (W - V)'          H: metric.py
 
 so H is all that is needed of the images. Of W, seen as W[o, p, q] with the inputs (p, q) in two parts, there are
 
@@ -15,16 +15,11 @@ so H is all that is needed of the images. Of W, seen as W[o, p, q] with the inpu
               "Speeding up convolutional neural networks with low rank expansions")
     tucker    V[o, p, q] = sum over s, r of A[o, s] C[s, r, q] B[p, r]       1x1, the kernel, 1x1 (Kim et al. 2016,
               "Compression of deep convolutional neural networks for fast and low power mobile applications")
-    cp        V[o, i, y, x] = sum over r of A[o, r] B[i, r] c[y, r] d[x, r]   1x1, depthwise K x 1, 1 x K, 1x1 (Lebedev
-              et al. 2015, "Speeding-up convolutional neural networks using fine-tuned CP-decomposition")
+    cp        four factors (cp.py)
 
 `svd` has its optimum in closed form. The others are found by alternating least squares: given all factors but one the
 error is a quadratic of that one, in which it is solved for; so the error never rises. Started from the eigenvectors of
 W's part along p (HOSVD; De Lathauwer et al. 2000), with H's mean over q as the metric.
-
-CP may diverge, with factors that grow against each other; so each factor is pulled to 0 with a weight relative to its
-own normal matrix, and columns are brought to one length after each sweep (Phan et al. 2020, "Stable low-rank tensor
-decomposition for compression of convolutional neural network").
 
 What stands between two factors is scaled so that each gets the root of a component's strength: INT8 afterwards sees no
 weight or channel that dwarfs the others.
@@ -32,17 +27,15 @@ weight or channel that dwarfs the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-#: Ridge that H gets: channels that are always 0 have no inverse.
-RIDGE = 1e-6
+from .metric import RIDGE, Metric, error_of
+
 #: Sweeps of alternating least squares, and steps of conjugate gradients within one.
 SWEEPS, _STEPS = 8, 12
-#: Pull of CP's factors to 0, relative to the mean diagonal of their normal matrices.
-_PULL = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,46 +49,38 @@ class Factors:
     error: float
 
 
-def ridged(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """Return H with the ridge; the identity for a layer that reads nothing but zeros."""
-    energy = float(np.trace(gram)) / len(gram)
-    return np.eye(len(gram)) if energy <= 0 else gram + ridge * energy * np.eye(len(gram))
-
-
-def error_of(weight: np.ndarray, other: np.ndarray, metric: np.ndarray) -> float:
-    """Return tr (W - V) H (W - V)' over tr W H W'; 0 for a layer that gives nothing."""
-    flat, lost = weight.reshape(len(weight), -1), (weight - other).reshape(len(weight), -1)
-    energy = float(np.vdot(flat @ metric, flat))
-    return float(np.vdot(lost @ metric, lost)) / energy if energy > 0 else 0.0
-
-
 # ------------------------------------------------------------------------------------------- svd
 
+#: Eigenvalues and eigenvectors, as `spectrum` has them.
+Spectrum = tuple[np.ndarray, np.ndarray]
 
-def spectrum(weight: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+
+def spectrum(weight: np.ndarray, metric: Metric) -> Spectrum:
     """Return the eigenvalues of W H W', descending, and its eigenvectors (out, out) as columns."""
     flat = weight.reshape(len(weight), -1)
     values, vectors = np.linalg.eigh(flat @ metric @ flat.T)
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
-def svd_errors(weight: np.ndarray, metric: np.ndarray) -> np.ndarray:
-    """Return the relative error of the best `svd` of rank 0, 1, …, out."""
-    values, _ = spectrum(weight, metric)
-    total = float(values.sum())
-    left = np.concatenate([np.cumsum(values[::-1])[::-1], [0.0]])
-    return left / total if total > 0 else np.zeros(len(left))
+def svd_lost(weight: np.ndarray, known: Spectrum, judge: Metric | None = None) -> np.ndarray:
+    """Return the error energy of the best `svd` of rank 0, 1, …, out; in the metric `judge` of other images, if any."""
+    values, vectors = known
+    if judge is not None:
+        turned = vectors.T @ weight.reshape(len(weight), -1)
+        values = np.einsum("ri,ri->r", turned @ judge, turned)
+    lost: np.ndarray = np.concatenate([np.cumsum(values[::-1])[::-1], [0.0]])
+    return lost
 
 
-def svd(weight: np.ndarray, metric: np.ndarray, rank: int) -> Factors:
-    """Return A (out, rank) and B (rank, in…) of the least error."""
-    values, vectors = spectrum(weight, metric)
+def svd(weight: np.ndarray, known: Spectrum, rank: int) -> Factors:
+    """Return A (out, rank) and B (rank, in…) of the least error, from the spectrum of the weight in its metric."""
+    values, vectors = known
     strength = values[:rank] ** 0.25  # a component's output has the root of its eigenvalue; half of it to each side
     strength = np.where(strength > 0, strength, 1.0)
-    left = vectors[:, :rank]
+    left, whole = vectors[:, :rank], float(values.sum())
     inner = left.T @ weight.reshape(len(weight), -1)
     found = (left * strength, (inner / strength[:, None]).reshape(rank, *weight.shape[1:]))
-    return Factors(found, error_of(weight, np.tensordot(*found, 1), metric))
+    return Factors(found, float(values[rank:].sum()) / whole if whole > 0 else 0.0)
 
 
 # ------------------------------------------------------------------------------------------- two parts of the inputs
@@ -161,7 +146,7 @@ def _core(weight: np.ndarray, metric: np.ndarray, first: np.ndarray) -> np.ndarr
     given = (weight.reshape(out, -1) @ metric).reshape(out, p, q)
     right = np.einsum("opq,pr->orq", given, first, optimize=True).reshape(out, rank * q)
     inner = _inner(metric, first)
-    found: np.ndarray = _solved(inner, right.T).T.reshape(out, rank, q)
+    found: np.ndarray = solved_normal(inner, right.T).T.reshape(out, rank, q)
     return found
 
 
@@ -177,10 +162,10 @@ def _first(weight: np.ndarray, metric: np.ndarray, core: np.ndarray, start: np.n
         found: np.ndarray = np.einsum("aqbt,brqt->ar", blocks, spread, optimize=True)
         return found
 
-    return _descended(applied, right, start)
+    return descended(applied, right, start)
 
 
-def _descended(applied: Callable[[np.ndarray], np.ndarray], right: np.ndarray, start: np.ndarray) -> np.ndarray:
+def descended(applied: Callable[[np.ndarray], np.ndarray], right: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Return what some steps of conjugate gradients make of `start`, towards applied(x) = right."""
     found, left = start.copy(), right - applied(start)
     direction, energy = left.copy(), float(np.vdot(left, left))
@@ -218,107 +203,10 @@ def _joined(core: np.ndarray, first: np.ndarray) -> np.ndarray:
     return found
 
 
-def _solved(normal: np.ndarray, right: np.ndarray, pull: float = RIDGE) -> np.ndarray:
+def solved_normal(normal: np.ndarray, right: np.ndarray, pull: float = RIDGE) -> np.ndarray:
     """Solve normal equations; directions of no weight stay 0."""
     scale = float(np.trace(normal)) / len(normal)
     if scale <= 0:
         return np.zeros_like(right)
     found: np.ndarray = np.linalg.solve(normal + pull * scale * np.eye(len(normal)), right)
     return found
-
-
-# ------------------------------------------------------------------------------------------- cp
-
-
-def cp(weight: np.ndarray, metric: np.ndarray, rank: int, *, sweeps: int = 4 * SWEEPS, seed: int = 0) -> Factors:
-    """Return A (out, rank), B (in, rank), c (rows, rank) and d (columns, rank) of W (out, in, rows, columns).
-
-    Alternating least squares end where they started near: once at the leading vectors of each mode, once at what fits
-    the weight alone; the better stands.
-    """
-    rng = np.random.default_rng(seed)
-    start = [_leading(weight, mode, rank, rng) for mode in range(4)]
-    first = _alternated(weight, metric, start, sweeps)
-    blind = _alternated(weight, np.eye(len(metric)), start, sweeps)
-    second = _alternated(weight, metric, list(blind.arrays), sweeps)
-    return min(first, second, key=lambda found: found.error)
-
-
-def _alternated(weight: np.ndarray, metric: np.ndarray, start: Sequence[np.ndarray], sweeps: int) -> Factors:
-    """Return the best that some sweeps of alternating least squares come by, what they start from included."""
-    modes = list(start)
-    best = (error_of(weight, _composed(modes), metric), tuple(modes))
-    given = (weight.reshape(len(weight), -1) @ metric).reshape(weight.shape)
-    for _ in range(sweeps):
-        modes[1] = _channels(given, metric, modes)
-        for mode in (2, 3):
-            modes[mode] = _mode(given, metric, modes, mode)
-        parts = _spread(modes[1:], weight.shape[1:])
-        modes[0] = _solved(parts.T @ metric @ parts, parts.T @ given.reshape(len(weight), -1).T, _PULL).T
-        modes = _one_length(modes)
-        error = error_of(weight, _composed(modes), metric)
-        if error < best[0]:
-            best = (error, tuple(m.copy() for m in modes))
-    return Factors(best[1], best[0])
-
-
-def _leading(weight: np.ndarray, mode: int, rank: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the first singular vectors along a mode; random columns beyond them."""
-    flat = np.moveaxis(weight, mode, 0).reshape(weight.shape[mode], -1)
-    vectors = np.linalg.eigh(flat @ flat.T)[1][:, ::-1][:, :rank]
-    more = rng.normal(size=(weight.shape[mode], rank - vectors.shape[1])) / np.sqrt(weight.shape[mode])
-    return np.concatenate([vectors, more], axis=1)
-
-
-def _spread(modes: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-    """Return the Khatri-Rao product of B, c and d: (in rows columns, rank)."""
-    found: np.ndarray = np.einsum("ir,yr,xr->iyxr", *modes, optimize=True).reshape(int(np.prod(shape)), -1)
-    return found
-
-
-def _composed(modes: Sequence[np.ndarray]) -> np.ndarray:
-    found: np.ndarray = np.einsum("or,ir,yr,xr->oiyx", *modes, optimize=True)
-    return found
-
-
-def _channels(given: np.ndarray, metric: np.ndarray, modes: Sequence[np.ndarray]) -> np.ndarray:
-    """Return a better B, the others being given: its normal matrix, (in rank)^2, is never made."""
-    last, first, rows, columns = modes
-    kernel = np.einsum("yr,xr->yxr", rows, columns).reshape(-1, last.shape[1])
-    ins, size, crossed = len(first), len(kernel), last.T @ last
-    right = np.einsum("oiq,or,qr->ir", given.reshape(len(given), ins, size), last, kernel, optimize=True)
-    strength = float(np.trace(metric)) / len(metric) * float(np.trace(crossed)) / len(crossed)
-    pull = _PULL * strength * float(np.square(kernel).sum(axis=0).mean())
-
-    def applied(b: np.ndarray) -> np.ndarray:
-        spread = (b[:, None] * kernel).reshape(ins * size, -1) @ crossed
-        found: np.ndarray = ((metric @ spread).reshape(ins, size, -1) * kernel).sum(axis=1) + pull * b
-        return found
-
-    return _descended(applied, right, first)
-
-
-def _mode(given: np.ndarray, metric: np.ndarray, modes: Sequence[np.ndarray], mode: int) -> np.ndarray:
-    """Return the best c or d, the others being given."""
-    out, _, rank = modes[0], modes[mode], modes[0].shape[1]
-    letters = "iyx"
-    mine, sizes = letters[mode - 1], [len(m) for m in modes[1:]]
-    others = [(letter, m) for letter, m in zip(letters, modes[1:], strict=True) if letter != mine]
-    terms = ",".join(f"{letter}r" for letter, _ in others)
-    right = np.einsum(f"oiyx,or,{terms}->{mine}r", given, out, *(m for _, m in others), optimize=True)
-    upper = letters.upper()
-    also = ",".join(f"{letter.upper()}s" for letter, _ in others)
-    normal = np.einsum(
-        f"{letters}{upper},{terms},{also},rs->{mine}r{mine.upper()}s",
-        metric.reshape(*sizes, *sizes), *(m for _, m in others), *(m for _, m in others), out.T @ out, optimize=True,
-    )  # fmt: skip
-    size = sizes[mode - 1] * rank
-    return _solved(normal.reshape(size, size), right.reshape(size), _PULL).reshape(sizes[mode - 1], rank)
-
-
-def _one_length(modes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the same components with columns of one length in all modes."""
-    lengths = np.array([np.linalg.norm(mode, axis=0) for mode in modes])
-    whole = np.prod(lengths, axis=0) ** (1 / len(modes))
-    return [mode * np.where(length > 0, whole / np.where(length > 0, length, 1.0), 0.0)
-            for mode, length in zip(modes, lengths, strict=True)]  # fmt: skip

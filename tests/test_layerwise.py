@@ -11,6 +11,7 @@ from edgec.compiler import model as model_io
 from edgec.compiler.fitting import gram
 from edgec.compiler.fitting.feeds import calibration_feeds
 from edgec.compiler.fitting.layerwise import peak_bytes, walk
+from edgec.compiler.fitting.layout import Layout, layout_of
 from edgec.compiler.fitting.stream import Stream
 from edgec.compiler.quantization.rounder import round_weights
 from edgec.compiler.types import QuantScheme
@@ -126,7 +127,7 @@ def test_rows_times_the_weight_are_the_layers_output(op, x, w):
     unknown = ", ".join("abcd"[: len(x)])
     model = build(f"g (float[{dims}] x) => (float[{unknown}] y) {{ y = {op} (x, w) }}", w=weight)
     (y,) = run(model, {"x": source})
-    layout = gram.layout(next(iter(model.graph)), w)
+    layout = layout_of(next(iter(model.graph)), w)
     rows, values = layout.rows(source, y, 10**9, rng)
     matrix = layout.matrix(weight)
     np.testing.assert_allclose(rows @ matrix.swapaxes(1, 2), values, atol=1e-5)  # float32 kernels
@@ -144,14 +145,14 @@ def test_rows_times_the_weight_are_the_layers_output(op, x, w):
 ])  # fmt: skip
 def test_layers_without_rows_say_why(op, w, why):
     model = build(f"g (float[a, b, c, d] x) => (float[e, f, g, h] y) {{ y = {op} (x, w) }}", w=np.zeros(w, np.float32))
-    assert why in gram.layout(next(iter(model.graph)), w)
+    assert why in layout_of(next(iter(model.graph)), w)
 
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_sums_are_about_the_mean_where_a_bias_takes_it(biased):
     rng = np.random.default_rng(0)
     x, y = rng.normal(3, 1, size=(2, 50, 4)), rng.normal(-2, 1, size=(2, 50, 3))
-    moments = gram.Moments(gram.Layout((6, 4), groups=2, biased=biased))
+    moments = gram.Moments(Layout((6, 4), groups=2, biased=biased))
     for part in (slice(20), slice(20, 50)):
         moments.add(x[:, part], y[:, part])
     dx, dy = (a - a.mean(1, keepdims=True) if biased else a for a in (x, y))
@@ -327,7 +328,7 @@ def test_float8_weights_are_left_to_quantize(net):
 
 
 def test_the_same_seed_gives_the_same_weights(net, monkeypatch):
-    monkeypatch.setattr("edgec.compiler.fitting.layerwise.ROWS", 300)  # so that rows are drawn
+    monkeypatch.setattr("edgec.compiler.fitting.layout.ROWS", 300)  # so that rows are drawn
     model, feeds = net
     one, two = (round_weights(model, weights_only(), feeds, seed=3) for _ in range(2))
     for name, stored in one.weights.items():

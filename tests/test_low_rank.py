@@ -14,7 +14,7 @@ from edgec.compiler.low_rank import allocation, menu, repair
 from edgec.compiler.low_rank.menu import Item
 from edgec.compiler.options import Saving, parse_low_rank
 from edgec.compiler.report import html, serial, terminal
-from edgec.passes import factorize, low_rank
+from edgec.passes import factorize, low_rank, metric
 from edgec.passes.factorize import Choice
 from equivalence import sample, session
 from hypothesis import given, settings
@@ -31,12 +31,17 @@ def layer(out=6, ins=4, kernel=(3, 3), seed=0, spread=0.1):
     rng = np.random.default_rng(seed)
     size = ins * int(np.prod(kernel))
     rows = rng.normal(size=(20 * size, size)) @ (rng.normal(size=(size, size)) * np.geomspace(1, spread, size))
-    return rng.normal(size=(out, ins, *kernel)), low_rank.ridged(rows.T @ rows)
+    return rng.normal(size=(out, ins, *kernel)), metric.ridged(rows.T @ rows)
+
+
+def fit(choice, weight, h, sweeps=8):
+    """A chain for a weight (out, in, k…) of one group."""
+    return choice.fitted(weight[None], [h], sweeps)
 
 
 def ranks_of(form, rank, shape):
-    """That rank in a form; all that there is of it for None."""
-    out, ins, *kernel = shape
+    """That rank in a form, of a weight (groups, out, in, k…); all that there is of it for None."""
+    _, out, ins, *kernel = shape
     first, last = (kernel[0], kernel[-1]) if kernel else (1, 1)
     most = {"svd": out, "channels": ins, "spatial": min(ins * first, out * last), "cp": 3 * out * ins}
     if form == "tucker":
@@ -50,62 +55,63 @@ def ranks_of(form, rank, shape):
 @pytest.mark.parametrize("form", FORMS)
 def test_full_rank_gives_the_layer_back(form):
     """To the ridge of the normal equations (1e-6); cp, whose factors are pulled to 0, to a thousandth."""
-    weight, metric = layer()
-    choice = Choice(form, ranks_of(form, None, weight.shape))
-    chain = choice.fitted(weight, metric)
-    assert chain.factors.error < (1e-3 if form == "cp" else 1e-6)
-    assert low_rank.error_of(weight, factorize.composed(chain, weight.shape), metric) == pytest.approx(
-        chain.factors.error, abs=1e-9
-    )
+    weight, h = layer()
+    chain = fit(Choice(form, ranks_of(form, None, weight[None].shape)), weight, h)
+    assert chain.error < (1e-3 if form == "cp" else 1e-6)
+    found = factorize.composed(chain, weight[None].shape)[0]
+    assert metric.error_of(weight, found, h) == pytest.approx(chain.error, abs=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_more_rank_errs_less_and_the_images_say_where(form):
     """Each form, at each rank, errs less than the one that knows the weight alone."""
-    weight, metric = layer(out=8, ins=6)
-    plain = np.eye(len(metric))
-    errors = [
-        Choice(form, ranks_of(form, rank, weight.shape)).fitted(weight, metric).factors.error for rank in (1, 2, 4, 6)
-    ]
+    weight, h = layer(out=8, ins=6)
+    plain = np.eye(len(h))
+    errors = [fit(Choice(form, ranks_of(form, rank, weight[None].shape)), weight, h).error for rank in (1, 2, 4, 6)]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
     for rank, known in zip((1, 2, 4), errors, strict=False):
-        blind = Choice(form, ranks_of(form, rank, weight.shape)).fitted(weight, plain)
-        assert known <= low_rank.error_of(weight, factorize.composed(blind, weight.shape), metric) * (1 + 1e-9)
+        blind = fit(Choice(form, ranks_of(form, rank, weight[None].shape)), weight, plain)
+        found = factorize.composed(blind, weight[None].shape)[0]
+        assert known <= metric.error_of(weight, found, h) * (1 + 1e-9)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 1000))
 def test_the_truncation_is_that_of_the_whitened_weight(rank, seed):
     """Eckart and Young: the error of the best rank is what is left of the singular values of W H^1/2."""
-    weight, metric = layer(out=6, ins=7, kernel=(), seed=seed)
-    values = np.linalg.svd(weight @ np.linalg.cholesky(metric), compute_uv=False)
-    found = low_rank.svd(weight, metric, rank)
+    weight, h = layer(out=6, ins=7, kernel=(), seed=seed)
+    values = np.linalg.svd(weight @ np.linalg.cholesky(h), compute_uv=False)
+    found = low_rank.svd(weight, known := low_rank.spectrum(weight, h), rank)
     assert found.error == pytest.approx(float((values[rank:] ** 2).sum() / (values**2).sum()), rel=1e-6)
-    assert low_rank.svd_errors(weight, metric)[rank] == pytest.approx(found.error, rel=1e-6)
+    lost = low_rank.svd_lost(weight, known)
+    assert lost[rank] / lost[0] == pytest.approx(found.error, rel=1e-6)
+    left = weight - np.tensordot(*found.arrays, 1)
+    _, other = layer(out=6, ins=7, kernel=(), seed=seed + 1)
+    assert low_rank.svd_lost(weight, known, other)[rank] == pytest.approx(metric.energy_of(left, other), rel=1e-6)
 
 
 def test_alternating_never_makes_it_worse():
-    weight, metric = layer(out=8, ins=6, spread=0.01)
+    weight, h = layer(out=8, ins=6, spread=0.01)
     for form, parts in (("channels", (8, 6, 9)), ("spatial", (8, 18, 3))):
-        errors = [low_rank.reduced(weight.reshape(parts), metric, 3, sweeps).error for sweeps in (0, 1, 2, 4, 8)]
+        errors = [low_rank.reduced(weight.reshape(parts), h, 3, sweeps).error for sweeps in (0, 1, 2, 4, 8)]
         assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(errors)), form
 
 
 def test_both_sides_of_a_chain_are_of_one_strength():
     """What INT8 needs: no channel between two factors that dwarfs the others, nor their weights."""
-    weight, metric = layer(out=8, ins=8, kernel=())
+    weight, h = layer(out=8, ins=8, kernel=())
     weight *= np.geomspace(1, 1e-3, 8)[:, None]
-    left, right = low_rank.svd(weight, metric, 6).arrays
-    ratio = np.linalg.norm(left, axis=0) / np.sqrt(np.einsum("ri,ij,rj->r", right, metric, right))
+    left, right = low_rank.svd(weight, low_rank.spectrum(weight, h), 6).arrays
+    ratio = np.linalg.norm(left, axis=0) / np.sqrt(np.einsum("ri,ij,rj->r", right, h, right))
     np.testing.assert_allclose(ratio, ratio[0] * np.ones(6), rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_layer_of_zeros_and_one_that_reads_zeros(form):
-    weight, metric = layer()
-    for w, h in ((np.zeros_like(weight), metric), (weight, low_rank.ridged(np.zeros_like(metric)))):
-        chain = Choice(form, ranks_of(form, 2, weight.shape)).fitted(w, h)
-        assert np.isfinite(chain.factors.error) and all(np.isfinite(a).all() for a in chain.factors.arrays)
+    weight, h = layer()
+    for w, g in ((np.zeros_like(weight), h), (weight, metric.ridged(np.zeros_like(h)))):
+        chain = fit(Choice(form, ranks_of(form, 2, weight[None].shape)), w, g)
+        assert np.isfinite(chain.error) and all(np.isfinite(a).all() for a in chain.groups[0].arrays)
 
 
 # ------------------------------------------------------------------------------------------- the chains
@@ -116,6 +122,9 @@ LAYERS = {
     "valid": ('Conv <auto_pad = "VALID">', (2, 4, 6, 6), (6, 4, 3, 3)),
     "same": ('Conv <auto_pad = "SAME_UPPER", strides = [2, 2]>', (2, 4, 7, 7), (6, 4, 3, 3)),
     "1x1": ("Conv", (2, 4, 5, 5), (6, 4, 1, 1)),
+    "groups": ("Conv <group = 2, pads = [1, 1, 1, 1], strides = [2, 1]>", (2, 8, 7, 6), (6, 4, 3, 3)),
+    "1x1 in groups": ("Conv <group = 3>", (2, 12, 5, 5), (6, 4, 1, 1)),
+    "depthwise": ("Conv <group = 6, pads = [2, 2, 2, 2]>", (2, 6, 7, 7), (6, 1, 5, 5)),
     "1-d": ("Conv <pads = [1, 1], strides = [2]>", (2, 4, 9), (6, 4, 3)),
     "3-d": ("Conv <pads = [1, 1, 1, 1, 1, 1]>", (1, 4, 5, 5, 5), (6, 4, 3, 3, 3)),
     "gemm": ("Gemm <beta = 0.5>", (5, 4), (4, 6)),
@@ -125,7 +134,7 @@ LAYERS = {
 CASES = [
     (name, form)
     for name, (op, _, w) in LAYERS.items()
-    for form in factorize.forms(w if "MatMul" not in op and op != "Gemm <beta = 0.5>" else w[::-1])
+    for form in factorize.forms((1, *w) if name != "depthwise" else (6, 1, *w[1:]))
 ]
 
 
@@ -145,9 +154,9 @@ def built(name, dtype="float", extra=""):
 
 
 def chain_of(node, form, rank):
-    weight = factorize.as_matrix(node, node.inputs[1].const_value.numpy().astype(np.float64))
-    size = weight.size // len(weight)
-    return Choice(form, ranks_of(form, rank, weight.shape)).fitted(weight, np.eye(size))
+    weight = factorize.as_groups(node, node.inputs[1].const_value.numpy().astype(np.float64))
+    plain = [np.eye(weight[0, 0].size)] * len(weight)
+    return Choice(form, ranks_of(form, rank, weight.shape)).fitted(weight, plain)
 
 
 def outputs_of(model):
@@ -161,13 +170,14 @@ def test_a_chain_gives_what_the_weight_that_it_stands_for_gives(name, form):
     model, node = built(name)
     for rank in (1, 2):
         chain = chain_of(node, form, rank)
-        found, want = factorize.factorized(model, {node.name: chain}), menu.with_weights(model, {node.name: chain})
+        shape = factorize.as_groups(node, node.inputs[1].const_value.numpy()).shape
+        found = factorize.factorized(model, {node.name: chain})
+        want = menu.with_weights(model, {node.name: factorize.composed(chain, shape)})
         for y, z in zip(outputs_of(found), outputs_of(want), strict=True):
             assert y.shape == z.shape and np.abs(y - z).max() <= 1e-5 * np.abs(z).max()
         assert len(found.graph) == {"tucker": 3, "cp": 4}.get(form, 2)
         assert found.graph.outputs[0].name == "y" and found.graph[-1].name == node.name
         weights = sum(n.inputs[1].const_value.size for n in found.graph)
-        shape = factorize.as_matrix(node, node.inputs[1].const_value.numpy()).shape
         assert weights == chain.weights == Choice(form, ranks_of(form, rank, shape)).weights(shape)
         assert len(model.graph) == 1, "the model itself stays"
 
@@ -190,7 +200,7 @@ def test_half_floats_stay_half_floats():
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("y = Conv <group = 2> (x, w)", "groups"),
+        ("y = Conv <group = 4> (x, w)", "one input and one output"),
         ("y = ConvTranspose (x, w)", "ConvTranspose"),
         ("a = Conv (x, w)\n b = Conv (x, w)\n y = Add (a, b)", "shared"),
         ("v = Neg (w)\n y = Conv (x, v)", "computed"),
@@ -198,7 +208,7 @@ def test_half_floats_stay_half_floats():
     ],
 )
 def test_what_cannot_be_a_chain_is_refused_by_name(text, why):
-    shape = "4,2,1,1" if "group" in text else "4,4,1,1"
+    shape = "4,1,1,1" if "group" in text else "4,4,1,1"
     model = zoo.model(f"g (float[2,4,5,5] x) => (float[a,b,c,d] y) <float[{shape}] w> {{ {text} }}")
     found = menu.refusals(model)
     assert found and all(why in refusal.why and refusal.rule == "factorize" for refusal in found)
@@ -259,7 +269,7 @@ def test_factors_fitted_to_the_images_beat_those_of_the_weights_alone():
     fitted, chains = repair.fitted(model, forms, data, threads=1)
     found = factorize.factorized(fitted, chains)
     blind = {
-        name: choice.fitted(weight := by_name(model, name), np.eye(weight.size // len(weight)))
+        name: choice.fitted(weight := by_name(model, name), [np.eye(weight[0, 0].size)])
         for name, choice in forms.items()
     }
     plain = factorize.factorized(model, blind)
@@ -270,7 +280,7 @@ def test_factors_fitted_to_the_images_beat_those_of_the_weights_alone():
 
 def by_name(model, name):
     node = next(n for n in model.graph if n.name == name)
-    return factorize.as_matrix(node, node.inputs[1].const_value.numpy().astype(np.float64))
+    return factorize.as_groups(node, node.inputs[1].const_value.numpy().astype(np.float64))
 
 
 # ------------------------------------------------------------------------------------------- compile

@@ -1,6 +1,6 @@
 """A vision transformer, as both of torch's exporters write it, from the exact passes to eight bits.
 
-The real ones (trained, and ViT-Tiny) are made and measured by benchmarks/vit; these are as small as can be.
+The real ones (trained, and ViT-Tiny) are made and measured by benchmarks/models; these are as small as can be.
 """
 
 import numpy as np

@@ -26,14 +26,13 @@ from ...passes.weight_writer import takes_shift
 from ..layers import LINEAR
 from ..types import Progress, StoredWeight, silent
 from . import gram
+from .layout import Layout, layout_of
 from .stream import Arrays, Stream
 from .targets import Beside, Wanted, add_along, beside, wanted
 
 #: Rows are kept of a layer, to forgive what a Relu behind it takes away, where a round takes so many multiply-adds at
 #: most: the widest layers of a ResNet-50 would add minutes, and most of a gigabyte.
 FORGIVEN_WORK, _LEAST_OUTPUTS = 5e9, 256
-#: Rows of a layer's Gram matrix: so many, or so many times its inputs if that is more, if the images have them.
-ROWS, ROWS_PER_INPUT = 16384, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +59,16 @@ class Site:
 
     node: ir.Node
     weight: np.ndarray
-    moments: gram.Moments
+    moments: gram.Sums
     held_out: gram.Moments | None = None
     rows: gram.Kept | None = None
     ahead: Ahead | None = None
+
+    @property
+    def dense(self) -> gram.Moments:
+        """The sums of a walk that leaves out layers without a Gram matrix."""
+        assert isinstance(self.moments, gram.Moments)
+        return self.moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +124,7 @@ def walk(
     forgive: bool = False,
     held_out: Sequence[bool] | None = None,
     ahead: bool = False,
+    wide: bool = False,
     skip: Collection[str] = (),
     seed: int = 0,
     threads: int = 0,
@@ -128,7 +134,8 @@ def walk(
 
     `quantized` was made from `original` by passes/quantize.py; or, with `floats`, it is a float model whose weights are
     chosen all the same. `feeds` are batches of inputs; those of `held_out` are summed up apart as well; with `ahead` a
-    site knows of what stands behind it. Without `choose` the quantized model's own weights are measured.
+    site knows of what stands behind it; with `wide`, layers without a Gram matrix are chosen for as well. Without
+    `choose` the quantized model's own weights are measured.
     `correct=False` leaves biases alone, `follow_skips=False` the errors of skip branches; with `forgive`, what a Relu
     takes away does not count. Layers named in `skip` are left as they are, and out of the result.
     """
@@ -137,7 +144,9 @@ def walk(
         (n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name)) and n.name not in skip
     ]
     pair = _Pair(Stream(original, feeds, threads), Stream(quantized, feeds, threads), twins)
-    options = _Options(choose, floats, correct, follow_skips, forgive, held_out, ahead, np.random.default_rng(seed))
+    options = _Options(
+        choose, floats, correct, follow_skips, forgive, held_out, ahead, wide, np.random.default_rng(seed)
+    )
     steps = []
     for node, twin in layers:
         steps.append(_step(node, twin, pair, options))
@@ -177,6 +186,7 @@ class _Options:
     forgive: bool
     held_out: Sequence[bool] | None
     ahead: bool
+    wide: bool
     rng: np.random.Generator
 
 
@@ -247,7 +257,7 @@ def _pick(node: ir.Node, x: Arrays, goal: Wanted, options: _Options, ahead: Ahea
         return _Picked(reason="measured only")
     assert node.inputs[1] is not None and node.inputs[1].const_value is not None
     weight = node.inputs[1].const_value.numpy()
-    layout = gram.layout(node, weight.shape)
+    layout = layout_of(node, weight.shape, wide=options.wide)
     if isinstance(layout, str):
         return _Picked(reason=layout)
     layout = replace(layout, biased=takes_shift(node) and options.correct)
@@ -257,15 +267,16 @@ def _pick(node: ir.Node, x: Arrays, goal: Wanted, options: _Options, ahead: Ahea
     if isinstance(choice, str):
         return _Picked(reason=choice)
     error = layout.matrix(choice.weight.astype(np.float64) - weight)
-    return _Picked(choice, _ratio_db(site.moments.energy, float(((error @ site.moments.gram()) * error).sum())))
+    return _Picked(choice, _ratio_db(site.moments.energy, site.moments.lost(error)))
 
 
 def _summed(
-    node: ir.Node, weight: np.ndarray, layout: gram.Layout, bias: np.ndarray, x: Arrays, goal: Wanted, options: _Options
+    node: ir.Node, weight: np.ndarray, layout: Layout, bias: np.ndarray, x: Arrays, goal: Wanted, options: _Options
 ) -> Site:
     """Return the sums over rows drawn from all batches, those over held-out batches, and the rows where they serve."""
-    moments, apart = gram.Moments(layout), gram.Moments(layout)
-    most, images = max(ROWS, ROWS_PER_INPUT * layout.inputs), sum(map(len, x))
+    moments = gram.sums(layout, layout.rows_of(goal.target)) if options.wide else gram.Moments(layout)
+    apart = gram.Moments(layout) if options.held_out is not None else None
+    most, images = layout.most, sum(map(len, x))
     outputs = weight.size // layout.inputs + _LEAST_OUTPUTS * layout.groups
     rows = gram.Kept(layout) if goal.forgiving and most * layout.inputs * outputs <= FORGIVEN_WORK else None
     for i, (one, target) in enumerate(zip(x, goal.target, strict=True)):
@@ -273,12 +284,12 @@ def _summed(
         drawn = layout.draw(target, math.ceil(most * share), options.rng)
         read, values = layout.inputs_at(one, target, drawn), layout.outputs_at(target, drawn)
         moments.add(read, values - bias)  # what the weight has to make
-        if options.held_out is not None and options.held_out[i]:
+        if apart is not None and options.held_out is not None and options.held_out[i]:
             apart.add(read, values - bias)
         if rows is not None:
             level = np.zeros_like(values) if goal.level is None else layout.outputs_at(goal.level[i], drawn)
             rows.add(read, values - bias, level + bias)
-    return Site(node, weight, moments, apart if apart.rows else None, rows)
+    return Site(node, weight, moments, apart if apart is not None and apart.rows else None, rows)
 
 
 def bias_of(node: ir.Node, channels: int) -> np.ndarray:

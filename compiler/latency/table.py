@@ -5,7 +5,8 @@ Algebra. A node of family f that reads i and writes o (shapes.py) takes t_f(i, o
     T = c + sum over nodes of t(i, o)
 
 The profiler slows what it watches: a kernel that it times at t takes a t - b, and a call costs c besides. a, b, c >= 0
-are such that the sums fit the whole networks' latencies, measured without the profiler (least relative squares).
+are such that the sums fit the whole networks' latencies, measured without the profiler (least relative squares); b is
+less than what short kernels take, since networks whose time is in two kernels would leave it open.
 
 Between the shapes that were timed, t_f is least squares with coefficients >= 0 over
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear, nnls
 
 from ..memory import Memory
 
@@ -38,6 +39,8 @@ CALL = "call"
 #: Milliseconds below which a kernel's time is noise: the profiler counts whole microseconds.
 _NOISE_MS = 2e-3
 _NEAREST = 2
+#: Kernels up to this quantile are short.
+_SHORT = 0.1
 #: What a network took and what the profiler says of its nodes, beside another one's, may differ by this factor.
 _STEADY = 1.25
 #: Under which the misfit and the profiler's (a, b) are kept.
@@ -172,12 +175,18 @@ def from_timed(networks: Sequence[Timed]) -> LatencyTable:
 
 
 def _overhead(networks: Sequence[Timed]) -> tuple[float, float, float]:
-    """Return (a, b, c): a kernel timed at t takes a t - b, and a call c besides."""
+    """Return (a, b, c): a kernel timed at t takes a t - b, and a call c besides.
+
+    What the profiler costs is less than the short kernels take, and a call costs no more than the fastest network.
+    """
     whole = np.array([network.whole_ms for network in networks])
     sums = [(sum(ms for *_, ms, _ in n.nodes), sum(kernels for *_, kernels in n.nodes)) for n in networks]
     rows = np.concatenate([np.array(sums, dtype=np.float64) * [1, -1], np.ones((len(networks), 1))], axis=1)
-    (a, b, c), _ = nnls(rows / whole[:, None], np.ones(len(networks)))
-    return float(a), float(b), float(c)
+    each = [ms / kernels for n in networks for *_, ms, kernels in n.nodes if kernels]
+    most = (np.inf, float(np.quantile(each, _SHORT)) if each else 0.0, float(whole.min()))
+    found = lsq_linear(rows / whole[:, None], np.ones(len(networks)), (np.zeros(3), np.maximum(most, 1e-12)))
+    a, b, c = map(float, found.x)
+    return a, b, c
 
 
 # ------------------------------------------------------------------------------------------- kept

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...passes import factorize
-from .. import guard, trials
+from .. import guard, job, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
 from ..proof import Prover
+from ..pruning.cutting import multiple_of
 from ..pruning.images import repair_feeds
 from ..pruning.latencies import Delivery, delivery
 from ..types import LowRank, LowRankLayer, PassRecord
@@ -126,9 +127,13 @@ def low_rank(this: Job, base: Candidate, work: Path, request: Saving) -> Factori
         this.target is not None and (request.kind == "latency" or this.options.goal == "latency"),
     )
     feeds = repair_feeds(base.model, this.images, threads=this.threads)
+    scheme = job.quant_scheme(this)
+    whole = scheme is not None and scheme.activation in ("uint8", "int8")
     offered = menu(
-        base.model, feeds, seed=this.options.seed, threads=this.threads, deadline=this.deadline, progress=this.progress
-    )
+        base.model, feeds,
+        multiple=multiple_of(this.profile), integers=scheme.weight_max if scheme is not None and whole else None,
+        seed=this.options.seed, threads=this.threads, deadline=this.deadline, progress=this.progress,
+    )  # fmt: skip
     run = delivery(this) if timed else None
     items, table = priced(this, base.model, offered, run)
     notes: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
 """What each layer could be: its forms at several ranks, with the error and the costs of each.
 
-The error of a choice is that of the layer's own output, in the metric of what it reads (passes/low_rank.py), times what
-the network makes of an error there: measured at the outputs with one truncation of that layer alone. Costs are those of
-the chain's nodes: parameters, multiply-accumulates, and milliseconds from the table of shapes, for which networks with
-all layers in one form at one rank are timed side by side.
+The error of a choice is that of the layer's own output, in the metric of what it reads (passes/metric.py), times what
+the network makes of an error there: measured at the outputs with one truncation of that layer alone. It is found on
+images that are held out: factors fit the rows that they were made for better than others. Where integers will run, what
+rounding does to the layer, and to its chain, is part of it (passes/chain_noise.py).
 """
 
 from __future__ import annotations
@@ -12,30 +12,34 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
-from ...passes import factorize, low_rank
+from ...passes import chain_noise, factorize, low_rank
 from ...passes.factorize import Chain, Choice
-from ...passes.low_rank import Factors
+from ...passes.low_rank import Factors, Spectrum
+from ...passes.metric import Metric, energy_of
 from .. import layers
 from .. import model as model_io
 from ..fitting import gram
-from ..fitting.layerwise import ROWS, ROWS_PER_INPUT, is_layer
+from ..fitting.layerwise import is_layer
+from ..fitting.layout import MOST_INPUTS, layout_of
 from ..fitting.stream import Stream
 from ..latency.shapes import name_of
+from ..pruning.images import split
 from ..pruning.probe import Probe
 from ..types import Progress, Refusal, silent
 
 #: Parts of the largest rank that saves weights at which a form is offered.
 PARTS = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
-#: Ranks are multiples of this where they are larger: kernels work on blocks.
-MULTIPLE = 4
 #: For the errors on the menu factors are not refined: where they start they err a tenth more, in the same order.
 _SWEEPS = 0
 #: Layers with more inputs are offered in fewer forms, at fewer ranks: each fit of a ResNet-50's takes seconds.
 _WIDE = 600
+#: Ranks under twice this are any number.
+_LEAST = 4
 #: The part of the energy that a layer loses when its effect at the outputs is measured.
 _PROBED = 0.02
 
@@ -53,11 +57,39 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A layer that can be a chain: its node, its weight (out, in, k…), float64, and the metric of what it reads."""
+    """A layer that can be a chain: its node, its weight (groups, out, in, k…), float64, and what it reads.
+
+    `metrics` are made of most images, `judges` of others (`rows` of them); of all where there are few.
+    """
 
     node: ir.Node
     weight: np.ndarray
-    metric: np.ndarray
+    metrics: Sequence[Metric]
+    judges: Sequence[Metric]
+    rows: int
+
+    @cached_property
+    def energy(self) -> float:
+        """That of its output on the images that judge."""
+        return sum(energy_of(w, h) for w, h in zip(self.weight, self.judges, strict=True))
+
+    @cached_property
+    def spectra(self) -> list[Spectrum]:
+        """What `svd` is made of, in each group."""
+        return [low_rank.spectrum(w, h) for w, h in zip(self.weight, self.metrics, strict=True)]
+
+    def svd(self, rank: int) -> Chain:
+        """Return the chain of that form, of this rank."""
+        found = (low_rank.svd(w, known, rank) for w, known in zip(self.weight, self.spectra, strict=True))
+        return Chain("svd", tuple(found), math.nan)
+
+    def fitted(self, choice: Choice) -> Chain:
+        """Return the chain of a choice, good enough to say what it errs by."""
+        return self.svd(choice.ranks[0]) if choice.form == "svd" else choice.fitted(self.weight, self.metrics, _SWEEPS)
+
+    def lost(self, other: np.ndarray) -> float:
+        """Return the energy of the error of another weight in its place, on the images that judge."""
+        return sum(energy_of(w - v, h) for w, v, h in zip(self.weight, other, self.judges, strict=True))
 
 
 def seen(
@@ -68,21 +100,25 @@ def seen(
     threads: int = 0,
     progress: Progress = silent,
 ) -> Iterator[Seen]:
-    """Yield each layer that can be a chain with the sums over what it reads, in the graph's order."""
-    stream, rng = Stream(model, feeds, threads), np.random.default_rng(seed)
+    """Yield each layer that can be a chain with what it reads, in the graph's order."""
+    batches, apart = split(feeds, seed)
+    stream, rng = Stream(model, batches, threads), np.random.default_rng(seed)
     nodes = [node for node in model.graph if is_layer(node) and objection(node) is None]
     for done, node in enumerate(nodes):
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
         array = weight.const_value.numpy().astype(np.float64)
-        layout = gram.layout(node, array.shape)
+        layout = layout_of(node, array.shape, wide=True)
         assert not isinstance(layout, str), layout
-        moments, x, y = gram.Moments(layout), stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
-        most = -(-max(ROWS, ROWS_PER_INPUT * layout.inputs) // len(x))
-        for one, wanted in zip(x, y, strict=True):
-            moments.add(*layout.rows(one, wanted, most, rng))
+        x, y = stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
+        images, rows = sum(map(len, x)), layout.rows_of(y)
+        fit, judge = gram.sums(layout, rows), gram.sums(layout, rows)
+        for one, wanted, held_out in zip(x, y, apart, strict=True):
+            most = math.ceil(layout.most * len(one) / images)
+            (judge if held_out else fit).add(*layout.rows(one, wanted, most, rng))
+        judge = judge if judge.rows else fit
         progress("reading the layers", done + 1, len(nodes))
-        yield Seen(node, factorize.as_matrix(node, array), low_rank.ridged(moments.gram()[0]))
+        yield Seen(node, factorize.as_groups(node, array), fit.metrics(), judge.metrics(), judge.rows)
 
 
 def objection(node: ir.Node) -> str | None:
@@ -93,8 +129,16 @@ def objection(node: ir.Node) -> str | None:
         return why
     if weight.const_value.dtype != ir.DataType.FLOAT:
         return f"its weight is {weight.const_value.dtype.name}, and sums are made of float32 layers"
-    found = gram.layout(node, tuple(weight.const_value.shape.numpy()))
-    return found if isinstance(found, str) else None
+    shape = tuple(weight.const_value.shape.numpy())
+    found = layout_of(node, shape, wide=True)
+    if isinstance(found, str):
+        return found
+    return None if factorize.forms(groups_of(node, shape)) else "it has one input and one output in each group"
+
+
+def groups_of(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape (groups, out, in, k…) of a weight that is stored in this shape."""
+    return factorize.as_groups(node, np.broadcast_to(np.float32(0), shape)).shape
 
 
 def refusals(model: ir.Model) -> tuple[Refusal, ...]:
@@ -103,86 +147,122 @@ def refusals(model: ir.Model) -> tuple[Refusal, ...]:
     return tuple(Refusal(name_of(node), factorize.RULE, why) for node, why in found if why is not None)
 
 
-def choices(shape: Sequence[int], wide: bool) -> list[Choice]:
-    """Return the forms and ranks at which a weight (out, in, k…) is offered: those that have fewer numbers than it."""
-    out, ins, *kernel = shape
+def choices(shape: Sequence[int], multiple: int = 4) -> list[Choice]:
+    """Return the forms and ranks at which a weight (groups, out, in, k…) is offered: those with fewer numbers than it.
+
+    Ranks are multiples of `multiple` where they are twice as large: kernels work on blocks.
+    """
+    _, out, ins, *kernel = shape
     size, found = math.prod(shape), list[Choice]()
+    inputs = ins * math.prod(kernel)
     for form in factorize.forms(shape):
-        if wide and form in ("tucker", "cp"):
+        if (inputs > _WIDE and form in ("tucker", "cp")) or (inputs > MOST_INPUTS and form != "svd"):
             continue
-        for part in PARTS[1::2] if wide and form != "svd" else PARTS:
-            single = (_rounded(part * size / Choice(form, (1, 1)).weights(shape)),)
-            choice = Choice(form, (_rounded(part * out), _rounded(part * ins)) if form == "tucker" else single)
+        for part in PARTS[1::2] if inputs > _WIDE and form != "svd" else PARTS:
+            single = (_rounded(part * size / Choice(form, (1, 1)).weights(shape), multiple),)
+            ranks = (_rounded(part * out, multiple), _rounded(part * ins, multiple)) if form == "tucker" else single
+            choice = Choice(form, ranks)
             if choice.weights(shape) < size and choice not in found:
                 found.append(choice)
     return found
 
 
-def _rounded(rank: float) -> int:
-    return max(int(rank) if rank < 2 * MULTIPLE else int(rank / MULTIPLE) * MULTIPLE, 1)
+def _rounded(rank: float, multiple: int) -> int:
+    while multiple > _LEAST and rank < 2 * multiple:
+        multiple //= 2
+    return max(int(rank) if rank < 2 * multiple else int(rank / multiple) * multiple, 1)
 
 
 def menu(
     model: ir.Model,
     feeds: Sequence[Mapping[str, np.ndarray]],
     *,
+    multiple: int = 4,
+    integers: int | None = None,
     seed: int = 0,
     threads: int = 0,
     deadline: float | None = None,
     progress: Progress = silent,
 ) -> dict[str, list[Item]]:
-    """Return what each layer could be, itself first, by node name. What was not reached at the deadline is left out."""
+    """Return what each layer could be, itself first, by node name.
+
+    Where weights will be integers of at most `integers`, rounding is part of the errors. What was not reached at the
+    deadline is left out.
+    """
     probe, found = Probe(model, feeds, threads), {}
     for layer in seen(model, feeds, seed=seed, threads=threads, progress=progress):
         if deadline is not None and time.monotonic() >= deadline:
             break
-        amplified = _amplified(model, layer, probe)
-        wide = len(layer.metric) > _WIDE
-        items = [Item(None, 0.0, layer.weight.size, layers.macs(layer.node) or 0)]
-        errors = low_rank.svd_errors(layer.weight, layer.metric)
-        for choice in choices(layer.weight.shape, wide):
-            if choice.form == "svd":
-                error = float(errors[choice.ranks[0]])
-            else:
-                error = choice.fitted(layer.weight, layer.metric, _SWEEPS).factors.error
-            items.append(Item(choice, amplified * error, choice.weights(layer.weight.shape), 0))
+        offered = choices(layer.weight.shape, multiple)
+        energy = layer.energy
+        amplified = _amplified(model, layer, probe, offered) / energy if energy > 0 else 0.0
+        kept = 0.0 if integers is None else layer.lost(_rounded_groups(layer.weight, integers))
+        items = [Item(None, amplified * kept, layer.weight.size, layers.macs(layer.node) or 0)]
+        for choice, lost in _lost(layer, offered, integers):
+            items.append(Item(choice, amplified * lost, choice.weights(layer.weight.shape), 0))
         found[name_of(layer.node)] = items
     return found
 
 
-def _amplified(model: ir.Model, layer: Seen, probe: Probe) -> float:
-    """Return what the outputs' relative error is, over that of the layer's output, for a truncation of this layer."""
-    errors = low_rank.svd_errors(layer.weight, layer.metric)
+def _lost(layer: Seen, offered: Sequence[Choice], integers: int | None) -> Iterator[tuple[Choice, float]]:
+    """Yield what each choice loses of the layer's output, on the images that judge."""
+    by_rank = np.zeros(1)
+    if integers is None and any(choice.form == "svd" for choice in offered):
+        of_groups = zip(layer.weight, layer.spectra, layer.judges, strict=True)
+        by_rank = np.sum([low_rank.svd_lost(*group) for group in of_groups], axis=0)
+    for choice in offered:
+        if choice.form == "svd" and integers is None:
+            yield choice, float(by_rank[choice.ranks[0]])
+        elif integers is None:
+            yield choice, layer.lost(factorize.composed(layer.fitted(choice), layer.weight.shape))
+        else:
+            yield choice, chain_noise.energy(layer.fitted(choice), layer.weight, layer.judges, layer.rows, integers)
+
+
+def _rounded_groups(weight: np.ndarray, most: int) -> np.ndarray:
+    return np.stack([chain_noise.rounded(one, most) for one in weight])
+
+
+def _amplified(model: ir.Model, layer: Seen, probe: Probe, offered: Sequence[Choice]) -> float:
+    """Return what the outputs' relative error is, over that of the layer's output, for a small change of its kind."""
+    whole = layer.energy
+    changed = _slightly_less(layer, offered) if offered and whole > 0 else None
+    lost = 0.0 if changed is None else layer.lost(changed)
+    if changed is None or lost <= 0:
+        return 0.0
+    return probe.error(with_weights(model, {name_of(layer.node): changed})) / (lost / whole)
+
+
+def _slightly_less(layer: Seen, offered: Sequence[Choice]) -> np.ndarray | None:
+    """Return the weight without its least components: about `_PROBED` of what it gives."""
+    lost = np.sum([low_rank.svd_lost(w, known) for w, known in zip(layer.weight, layer.spectra, strict=True)], axis=0)
+    errors = lost / max(float(lost[0]), 1e-300)
     rank = int(np.argmax(errors <= _PROBED))
-    while rank and errors[rank] <= 0:
+    while rank and errors[rank] <= 1e-12:
         rank -= 1
-    if errors[rank] <= 0:
-        return 0.0
-    chain = Choice("svd", (max(rank, 1),)).fitted(layer.weight, layer.metric)
-    if chain.factors.error <= 0:
-        return 0.0
-    return probe.error(with_weights(model, {name_of(layer.node): chain})) / chain.factors.error
+    choice = Choice("svd", (rank,)) if rank else min(offered, key=lambda c: c.weights(layer.weight.shape))
+    less = factorize.composed(layer.fitted(choice), layer.weight.shape)
+    part = layer.lost(less) / max(layer.energy, 1e-300)
+    found: np.ndarray = layer.weight + min(1.0, math.sqrt(_PROBED / max(part, 1e-300))) * (less - layer.weight)
+    return found
 
 
-def with_weights(model: ir.Model, chains: Mapping[str, Chain]) -> ir.Model:
-    """Return the model with the weights that the chains stand for: what `factorize.factorized` must be equal to."""
+def with_weights(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
+    """Return the model with other weights (groups, out, in, k…): those that chains stand for, for example."""
     twin = model_io.copy(model)
     for node in twin.graph:
-        if (chain := chains.get(name_of(node))) is not None:
+        if (array := weights.get(name_of(node))) is not None:
             weight = node.inputs[1]
             assert weight is not None and weight.const_value is not None
-            old = weight.const_value.numpy()
-            shape = factorize.as_matrix(node, old).shape
-            array = factorize.as_matrix(node, factorize.composed(chain, shape)) if len(shape) == 2 else (
-                factorize.composed(chain, shape)
-            )  # fmt: skip
-            weight.const_value = ir.tensor(np.ascontiguousarray(array).astype(old.dtype), name=weight.name)
+            dtype = weight.const_value.dtype.numpy()
+            stored = np.ascontiguousarray(factorize.as_stored(node, array)).astype(dtype)
+            weight.const_value = ir.tensor(stored, name=weight.name)
     return twin
 
 
 def stand_in(choice: Choice, shape: Sequence[int], seed: int = 0) -> Chain:
-    """Return a chain of the right shapes and random numbers: as fast as the real one."""
-    rng, (out, ins, *kernel), ranks = np.random.default_rng(seed), shape, choice.ranks
+    """Return a chain of the right shapes and random numbers for a weight (groups, out, in, k…): as fast as the real."""
+    rng, (groups, out, ins, *kernel), ranks = np.random.default_rng(seed), shape, choice.ranks
     size, rank = math.prod(kernel), ranks[0]
     sizes: dict[str, tuple[tuple[int, ...], ...]] = {
         "svd": ((out, rank), (rank, ins, *kernel)),
@@ -192,4 +272,4 @@ def stand_in(choice: Choice, shape: Sequence[int], seed: int = 0) -> Chain:
         "cp": ((out, rank), (ins, rank), *((k, rank) for k in kernel)),
     }
     arrays = tuple(rng.normal(size=s) / math.sqrt(math.prod(s[1:])) for s in sizes[choice.form])
-    return Chain(choice.form, Factors(arrays, math.nan))
+    return Chain(choice.form, (Factors(arrays, math.nan),) * groups, math.nan)

@@ -18,7 +18,7 @@ from .. import job, layers
 from ..latency.shapes import Shape, name_of, shapes
 from ..latency.table import LatencyTable
 from ..pruning.latencies import Delivery, table_of
-from .menu import Item, stand_in
+from .menu import Item, groups_of, stand_in
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -65,9 +65,7 @@ def _network(model: ir.Model, menu: Mapping[str, Sequence[Item]], i: int) -> ir.
         if choice is not None:
             weight = nodes[name].inputs[1]
             assert weight is not None and weight.const_value is not None
-            shape = tuple(weight.const_value.shape.numpy())
-            turned = factorize.is_turned(nodes[name])
-            chains[name] = stand_in(choice, shape[::-1] if turned else shape)
+            chains[name] = stand_in(choice, groups_of(nodes[name], tuple(weight.const_value.shape.numpy())))
     return factorize.factorized(model, chains)
 
 

@@ -3,7 +3,7 @@
 The walk of layerwise.py goes along both networks. At each layer, X is what it reads behind the layers that were fitted
 already, Y what the original gives (with what a residual Add lacks, and what a ReLU forgives left out). The best weight
 
-    T = W + (Y'X - W X'X) H^-1          H = X'X + r I
+    T = W + (Y'X - W X'X) H^-1          H: passes/metric.py
 
 is what least squares would give it; a layer that becomes a chain gets the factors that are closest to T in the metric
 of H, which are those that err least against Y. So ranks are spent on what the images show, and later layers make up
@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...passes import factorize, low_rank, pruning
+from ...passes import factorize, metric
 from ...passes.constants import Names
 from ...passes.factorize import Chain
 from ...passes.factorize import Choice as Form
+from ...passes.metric import Metric
 from ..fitting.layerwise import Choice, Site, walk
 from ..latency.shapes import name_of
 from ..pruning.repair import FEW_RIDGE, shift_bias
@@ -45,27 +46,32 @@ def fitted(
     `model` is not changed. Layers without a form keep their weights, and their biases take the mean error.
     """
     chains: dict[str, Chain] = {}
+    stand_for: dict[str, np.ndarray] = {}
 
     def choose(site: Site) -> Choice | str:
         form = forms.get(name_of(site.node))
         if form is None:
             return "it stays as it is"
-        layout = site.moments.layout
-        weight, sums = layout.matrix(site.weight.astype(np.float64))[0], site.moments.gram()[0]
-        few = site.moments.rows < _FEW * layout.inputs
-        metric = low_rank.ridged(sums, FEW_RIDGE if few else pruning.RIDGE)
-        owed = site.moments.cross()[0] - weight @ sums
-        target = weight + np.linalg.solve(metric, owed.T).T
-        shape = factorize.as_matrix(site.node, site.weight).shape
-        chain = form.fitted(target.reshape(shape), metric)
-        chains[name_of(site.node)] = chain
-        array = layout.unmatrix(factorize.composed(chain, shape).reshape(1, len(weight), -1))
-        return Choice(np.ascontiguousarray(array).astype(np.float32))
+        layout, metrics = site.moments.layout, site.moments.metrics()
+        weight = layout.matrix(site.weight.astype(np.float64))
+        owed = site.moments.owed(weight)
+        target = weight + np.stack([metric.solved(h, o.T).T for h, o in zip(_pulled(site, metrics), owed, strict=True)])
+        shape = factorize.as_groups(site.node, site.weight).shape
+        chain = form.fitted(target.reshape(shape), metrics)
+        chains[name_of(site.node)], made = chain, factorize.composed(chain, shape)
+        stand_for[name_of(site.node)] = made
+        return Choice(np.ascontiguousarray(factorize.as_stored(site.node, made)).astype(np.float32))
 
-    steps = walk(model, model, feeds, choose, floats=True, seed=seed, threads=threads, progress=progress)
-    twin = with_weights(model, chains)
+    steps = walk(model, model, feeds, choose, floats=True, wide=True, seed=seed, threads=threads, progress=progress)
+    twin = with_weights(model, stand_for)
     nodes, names = {node.name: node for node in twin.graph}, Names.of(twin)
     for step in steps:
         if step.shift is not None:
             shift_bias(twin.graph, nodes[step.node], step.shift, names)
     return twin, chains
+
+
+def _pulled(site: Site, metrics: list[Metric]) -> list[Metric]:
+    """Return the metrics with a strong pull to the old weight where rows are few."""
+    few = site.moments.rows < _FEW * site.moments.layout.inputs
+    return [metric.pulled(h, FEW_RIDGE) for h in metrics] if few else metrics

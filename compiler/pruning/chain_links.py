@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes.chains import Clip, Depthwise, MaxPool, Step, Taps
-from ..fitting.gram import layout
 from ..fitting.layerwise import bias_of, is_layer
+from ..fitting.layout import layout_of
 
 #: As many numbers as an image has directions.
 Two = tuple[int, int]
@@ -103,7 +103,7 @@ def unmatrix(rows: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def _laid(node: ir.Node) -> Link:
-    found = layout(node, weight_of(node).shape)
+    found = layout_of(node, weight_of(node).shape)
     assert not isinstance(found, str) and found.spatial is not None
     kernel, strides, dilations, pads = found.spatial
     return Link(node, Taps(_two(kernel), _two(strides), _two(dilations)), _two(pads[:2]), _two(pads[2:]))
@@ -144,7 +144,7 @@ def _groups(node: ir.Node) -> int:
     """Return in how many groups a convolution of images has its channels; 0 where it is none, or has no layout."""
     if node.op_type != "Conv" or not is_layer(node) or weight_of(node).ndim != 4:
         return 0
-    found = layout(node, weight_of(node).shape)
+    found = layout_of(node, weight_of(node).shape)
     return 0 if isinstance(found, str) else found.groups
 
 

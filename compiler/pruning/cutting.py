@@ -44,9 +44,13 @@ def steps_of(groups: ChannelGroups, profile: DeviceProfile) -> dict[str, int]:
     That is the device's channel multiple, halved until a group has four of them: two in three would be too coarse. Of
     a group that has no four fours units go one at a time: no kernel is fast on so few.
     """
-    multiple = CPU_STEP if profile.kind == "cpu" else profile.channel_multiple
-    steps = {group.name: _step(group.units, multiple) for group in groups.groups}
+    steps = {group.name: _step(group.units, multiple_of(profile)) for group in groups.groups}
     return {name: step for name, step in steps.items() if step > 1}
+
+
+def multiple_of(profile: DeviceProfile) -> int:
+    """Return the multiple in which a device likes its channels, and ranks."""
+    return CPU_STEP if profile.kind == "cpu" else profile.channel_multiple
 
 
 def _step(units: int, multiple: int) -> int:

@@ -30,7 +30,8 @@ from ...passes.constants import Names, add_initializer
 from ...passes.weight_writer import takes_shift
 from .. import model as model_io
 from ..fitting import gram
-from ..fitting.layerwise import ROWS, ROWS_PER_INPUT, bias_of, is_layer
+from ..fitting.layerwise import bias_of, is_layer
+from ..fitting.layout import Layout, layout_of
 from ..fitting.stream import Stream
 from ..types import Progress, silent
 from .probe import Probe, is_large
@@ -63,7 +64,7 @@ class _Reader:
     """
 
     node: ir.Node
-    layout: gram.Layout
+    layout: Layout
     gram: np.ndarray
     weight: np.ndarray
     units: np.ndarray
@@ -132,14 +133,14 @@ def _read(
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     array = weight.const_value.numpy()
-    layout = gram.layout(node, array.shape)
+    layout = layout_of(node, array.shape)
     mine = [(group, member) for group in groups if (member := _member(group, node, axes_of(node)[0])) is not None]
     if isinstance(layout, str) or not mine:
         return {}
     layout = replace(layout, biased=takes_shift(node))
     x, y = stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
     moments, bias = gram.Moments(layout), bias_of(node, array.size // layout.inputs).reshape(layout.groups, 1, -1)
-    most = -(-max(ROWS, ROWS_PER_INPUT * layout.inputs) // len(x))
+    most = -(-layout.most // len(x))
     for one, wanted in zip(x, y, strict=True):
         rows, values = layout.rows(one, wanted, most, rng)
         moments.add(rows, values - bias)

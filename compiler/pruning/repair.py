@@ -32,14 +32,13 @@ from ...passes.weight_writer import added_bias
 from ..fitting.gram import Moments
 from ..fitting.layerwise import Choice, LayerStep, Site, walk
 from ..types import Progress, silent
+from .images import split
 from .probe import is_large
 from .producers import made_for_readers
 
 #: A layer with fewer rows than so many times its inputs, such as the classifier behind a pooling, follows the noise of
 #: the images: there the pull to the old weight is strong. On ResNet-20 held-out images choose 1 to 10 for it.
 _FEW, FEW_RIDGE = 16, 1.0
-#: One image in so many chooses the ridges; all are fitted to in the end.
-_HELD_OUT = 5
 #: A layer of more inputs keeps the usual ridge: six systems of 2,304 equations, layer after layer, are half a minute.
 _WIDEST = 1200
 
@@ -61,7 +60,7 @@ def repaired(
 
     `model` is not changed. Of a branch the best constant is left, which the walk finds as its last layer's bias.
 
-    A layer whose weight is shared, or that has no Gram matrix (gram.layout), keeps the weights that it had. Without a
+    A layer whose weight is shared, or that has no Gram matrix (layout_of), keeps the weights that it had. Without a
     `ridge`, images that are held out choose one for each layer. With `makers`, layers that make channels some of which
     are cut are fitted to what their readers lose (producers.py), but for large networks.
     """
@@ -70,7 +69,7 @@ def repaired(
     last = {branch.layer for branch in branches}
     inside = {name for branch in branches for name in branch.nodes} - last
 
-    batches, held_out = _split(feeds, seed)
+    batches, held_out = split(feeds, seed)
 
     settled: set[str] = set()
     makers = makers and not is_large(model)
@@ -98,13 +97,13 @@ def repaired(
 
 def _refitted(site: Site, ridge: float | None) -> np.ndarray:
     """Return the best weight of a layer, in the shape it has."""
-    layout = site.moments.layout
+    layout = site.dense.layout
     fitted = layout.matrix(site.weight.astype(np.float64)).copy()
-    grams, crosses = site.moments.gram(), site.moments.cross()
+    grams, crosses = site.dense.gram(), site.dense.cross()
     read = [np.flatnonzero(np.diagonal(gram) > 0) for gram in grams]  # the others are cut, or were never but 0
     if ridge is None and site.held_out is not None and layout.inputs <= _WIDEST:
-        pull = _chosen(site.moments, site.held_out, fitted, read)
-    elif site.moments.rows < _FEW * layout.inputs:
+        pull = _chosen(site.dense, site.held_out, fitted, read)
+    elif site.dense.rows < _FEW * layout.inputs:
         pull = FEW_RIDGE
     else:
         pull = pruning.RIDGE if ridge is None else ridge
@@ -126,27 +125,6 @@ def _chosen(every: Moments, apart: Moments, weight: np.ndarray, read: Sequence[n
         if len(kept):
             errors += pruning.held_out_errors(fitted, held_out, kept, old)
     return pruning.RIDGES[int(np.argmin(errors))]
-
-
-def _split(feeds: Sequence[Mapping[str, np.ndarray]], seed: int) -> tuple[list[Mapping[str, np.ndarray]], list[bool]]:
-    """Return the images in other batches, and which of these are held out: a fifth of each batch.
-
-    Where every batch is one image, a fifth of the batches.
-    """
-    rng = np.random.default_rng(seed)
-    counts = [len(next(iter(feed.values()))) for feed in feeds]
-    if max(counts) == 1:
-        chosen = set(rng.permutation(len(feeds))[: len(feeds) // _HELD_OUT].tolist())
-        return list(feeds), [i in chosen for i in range(len(feeds))]
-    pieces: list[Mapping[str, np.ndarray]] = []
-    flags = []
-    for feed, count in zip(feeds, counts, strict=True):
-        order = rng.permutation(count)
-        for rows, apart in ((order[count // _HELD_OUT :], False), (order[: count // _HELD_OUT], True)):
-            if len(rows):
-                pieces.append({name: array[np.sort(rows)] for name, array in feed.items()})
-                flags.append(apart)
-    return pieces, flags
 
 
 def _weight(node: ir.Node) -> ir.Value:

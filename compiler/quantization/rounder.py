@@ -101,7 +101,7 @@ def chosen(site: Site, kind: WeightFormat, method: str, shrink: float | None = N
     """Round one layer's weight into a format by a method; the reason where it cannot be done."""
     if not kind.dtype.endswith(("int8", "int4")):
         return f"{kind.dtype} is no integer type"
-    layout, moments = site.moments.layout, site.moments
+    layout, moments = site.dense.layout, site.dense
     gram, cross = moments.gram(), moments.cross()
     if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
         return "what it reads or gives holds NaN or infinity"

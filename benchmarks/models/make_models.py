@@ -1,13 +1,14 @@
-"""Make the two vision transformers that edgec is measured on, their images and their preprocessing files.
+"""Make networks that edgec is measured on beside trained ResNets, their images and their preprocessing files.
 
     pip install torch==2.13.0 scikit-learn pillow numpy onnx onnxscript onnxruntime
-    python benchmarks/vit/make_models.py DIR [--only digits|random]
+    python benchmarks/models/make_models.py DIR [--only digits|random|vgg]
 
 torch and scikit-learn are needed only here, best in an environment of their own; edgec never imports them.
 
 DIR gets  vit_digits.onnx   a ViT trained on the 8x8 digits of scikit-learn, upscaled to 32x32: 64 patches of 4x4
           vit_random.onnx   ViT-Tiny (224x224, 12 blocks of 192 channels) with random weights and outlier channels,
                             without a head: random classes are so close together that agreement would count ties
+          vgg_digits.onnx   two convolutions and a head like VGG's (4096 x 4096 twice), trained on the same digits
           *-legacy.onnx     the same by the TorchScript exporter
           calib/, val/      the digits as PNG, val/ held out and with the classes as folders
           models.json       the accuracy reached, and what made it
@@ -35,6 +36,7 @@ from torch.nn import functional as F
 SEED = 20261121
 SIDE = 32  # 8x8 upscaled: enough patches that the arithmetic, not call overhead, makes the latency
 EPOCHS, BATCH, PEAK_LR, THREADS = 30, 64, 1.5e-3, 2
+VGG_EPOCHS, VGG_PEAK_LR = 10, 3e-4
 VAL_SHARE, CALIB_IMAGES = 0.25, 200
 
 DIGITS_PREPROCESS = f"size: [{SIDE}, {SIDE}]\nresize: stretch\ncolor: gray\nmean: [0.5]\nstd: [0.5]\n"
@@ -85,6 +87,17 @@ class ViT(nn.Module):
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
         features = self.norm(self.blocks(x))
         return features if self.head is None else self.head(features[:, 0])
+
+
+def vgg_model() -> nn.Sequential:
+    """Two convolutions, then 4096 -> 4096 -> 4096 -> 10: 33.6 M parameters, nearly all of them in the head."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(),
+        nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(),
+        nn.Linear(4096, 10),
+    )  # fmt: skip
 
 
 def digits_model() -> ViT:
@@ -152,12 +165,12 @@ def augmented(x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def train(model: ViT, x: torch.Tensor, y: torch.Tensor) -> None:
+def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int = EPOCHS, peak_lr: float = PEAK_LR) -> None:
     """AdamW, one cycle, cross-entropy; the last epoch is taken."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
-    steps = EPOCHS * math.ceil(len(x) / BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.15)
-    for epoch in range(EPOCHS):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05)
+    steps = epochs * math.ceil(len(x) / BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps, pct_start=0.15)
+    for epoch in range(epochs):
         total = 0.0
         for batch in torch.randperm(len(x)).split(BATCH):
             loss = F.cross_entropy(model(augmented(x[batch])), y[batch], label_smoothing=0.05)
@@ -167,21 +180,19 @@ def train(model: ViT, x: torch.Tensor, y: torch.Tensor) -> None:
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)
-        print(f"epoch {epoch + 1:2}/{EPOCHS}  loss {total / len(x):.4f}", flush=True)
+        print(f"epoch {epoch + 1:2}/{epochs}  loss {total / len(x):.4f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------- export and measure
 
 
-def export(model: ViT, sample: torch.Tensor, path: Path, preprocess: str) -> None:
+def export(model: nn.Module, sample: torch.Tensor, path: Path, preprocess: str) -> None:
     """Write the ONNX file as both exporters do by default, any batch size, each with its sidecar."""
     model.eval()
-    output = "features" if model.head is None else "logits"
+    output = "features" if getattr(model, "head", model) is None else "logits"
     names = {"input_names": ["image"], "output_names": [output]}
     batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(
-        model, (sample,), path, dynamo=True, external_data=False, dynamic_shapes={"image": {0: batch}}, **names
-    )
+    torch.onnx.export(model, (sample,), path, dynamo=True, external_data=False, dynamic_shapes=({0: batch},), **names)
     legacy = path.with_name(f"{path.stem}-legacy.onnx")
     torch.onnx.export(
         model, (sample[:1],), legacy, dynamo=False, opset_version=17,
@@ -198,24 +209,34 @@ def accuracy(path: Path, x: torch.Tensor, y: np.ndarray) -> float:
     return float(np.mean(np.concatenate(logits).argmax(1) == y))
 
 
-def make_digits(out: Path) -> dict[str, object]:
-    """Train, export and measure the digits model; return what models.json says of it."""
-    start = time.perf_counter()
-    digits, labels = load_digits(return_X_y=True)
-    pixels = np.stack([upscaled(digit) for digit in digits.reshape(-1, 8, 8)])
-    x, every = normalized(pixels), np.arange(len(labels))
-    train_at, val_at = train_test_split(every, test_size=VAL_SHARE, stratify=labels, random_state=SEED)
+def digits(out: Path) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Write the images; return the inputs, the labels, and which of them are to train, calibrate and validate with."""
+    found, labels = load_digits(return_X_y=True)
+    pixels = np.stack([upscaled(digit) for digit in found.reshape(-1, 8, 8)])
+    train_at, val_at = train_test_split(np.arange(len(labels)), test_size=VAL_SHARE, stratify=labels, random_state=SEED)
     _, calib_at = train_test_split(train_at, test_size=CALIB_IMAGES, stratify=labels[train_at], random_state=SEED)
     write_images(out / "calib", calib_at, pixels, labels)
     write_images(out / "val", val_at, pixels, labels)
-    model = digits_model()
-    train(model, x[train_at], torch.from_numpy(labels[train_at]))
-    export(model, x[:2], out / "vit_digits.onnx", DIGITS_PREPROCESS)
+    return normalized(pixels), labels, train_at, calib_at, val_at
+
+
+def make_digits(out: Path, name: str = "vit_digits") -> dict[str, object]:
+    """Train, export and measure a model of the digits; return what models.json says of it."""
+    start = time.perf_counter()
+    x, labels, train_at, calib_at, val_at = digits(out)
+    model, *how = (vgg_model(), VGG_EPOCHS, VGG_PEAK_LR) if name == "vgg_digits" else (digits_model(),)
+    train(model, x[train_at], torch.from_numpy(labels[train_at]), *how)
+    export(model, x[:2], out / f"{name}.onnx", DIGITS_PREPROCESS)
     return {
-        "top1": 100 * accuracy(out / "vit_digits.onnx", x[val_at], labels[val_at]),
+        "top1": 100 * accuracy(out / f"{name}.onnx", x[val_at], labels[val_at]),
         "images": {"train": len(train_at), "calib": len(calib_at), "val": len(val_at)},
         "seconds": round(time.perf_counter() - start),
     }
+
+
+def make_vgg(out: Path) -> dict[str, object]:
+    """As make_digits, for the network like VGG."""
+    return make_digits(out, "vgg_digits")
 
 
 def make_random(out: Path) -> dict[str, object]:
@@ -225,11 +246,11 @@ def make_random(out: Path) -> dict[str, object]:
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
 
-MODELS = {"digits": make_digits, "random": make_random}
+MODELS = {"digits": make_digits, "random": make_random, "vgg": make_vgg}
 
 
 def main() -> None:
-    """Make what is asked for, both by default."""
+    """Make what is asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", choices=sorted(MODELS))
