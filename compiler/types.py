@@ -572,11 +572,12 @@ class PrunedLayer:
 
 
 @dataclass(frozen=True)
-class PruneTrial:
-    """One cut that was tried on the way: how much faster it was foretold and measured to be than the whole network.
+class Trial:
+    """One smaller network that was tried: how much faster than the whole one it was foretold and measured to be.
 
     Both are ratios in the precision that is delivered (`precision`), where both are quantized without any search;
-    None where no time was foretold or measured. `drop`: points that the cut network lost in float.
+    None where no time was foretold or measured. `drop`: points that it lost, rounded plainly where
+    integers will be tried.
     """
 
     name: str
@@ -608,7 +609,7 @@ class Pruning:
     parameters_after: int | None = None
     unrepaired: Fidelity | None = None
     repaired: Fidelity | None = None
-    tried: tuple[PruneTrial, ...] = ()
+    tried: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -636,7 +637,8 @@ class LowRank:
     """What `--low-rank` came to: what was asked, what was kept and why.
 
     Where something was factorized (`kept`), `candidate` is the row of the attempts that has its latency, and `fitted`
-    is it beside the original on the images to judge by; None without such images.
+    is it beside the original on the images to judge by; None without such images. `tried` are the choices of ranks that
+    raced the whole network.
     """
 
     asked: str
@@ -648,6 +650,7 @@ class LowRank:
     parameters_before: int | None = None
     parameters_after: int | None = None
     fitted: Fidelity | None = None
+    tried: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
 
 

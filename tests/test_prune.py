@@ -108,7 +108,7 @@ def test_of_a_named_cut_and_a_named_precision_both_are_kept():
 def test_a_named_cut_is_made_repaired_and_handed_over(cut):
     report, bundle = cut
     p = report.pruning
-    assert p.kept and p.why == "cut as asked" and p.candidate == "pruned 60%" and p.asked == "60% of the MACs"
+    assert p.kept and p.why == "pruned as asked" and p.candidate == "pruned 60%" and p.asked == "60% of the MACs"
     assert [a.name for a in report.attempts] == ["fp32", "pruned 60%"] and report.attempts[1].chosen
     model = model_io.load(bundle / "model.onnx")
     counted = {layer.node: layer.macs for layer in layers.describe(model)}
@@ -219,9 +219,9 @@ def test_auto_prunes_nothing_where_no_cut_is_shown_to_be_faster(place, tmp_path,
 
 
 def test_auto_keeps_the_fastest_cut_that_holds_the_budget(place, tmp_path, monkeypatch, by_shape):
-    monkeypatch.setattr(trials, "measure", timing({"pruned 20%": 1.2, "pruned 40%": 1.5, "pruned": 1.1, "cut": 1.5}))
+    monkeypatch.setattr(trials, "measure", timing({"pruned 20%": 1.2, "pruned 55%": 1.5, "pruned": 1.1, "cut": 1.5}))
     report = compiled(place, tmp_path / "out", prune="auto", device="local", max_drop=20.0)
-    name = "pruned 40% of the time"
+    name = "pruned 55% of the time"
     assert report.pruning.candidate == name and text.is_pruned(report)
     assert [a.name for a in report.attempts] == ["fp32", name]
     assert {t.name for t in report.pruning.tried if t.verdict.startswith("the fastest")} == {name}
@@ -254,7 +254,7 @@ def test_a_part_of_the_latency_is_cut_until_it_is_measured_to_be_saved(place, tm
     monkeypatch.setattr(trials, "measure", slower)
     report = compiled(place, tmp_path / "out", prune="latency:30%", device="local")
     p = report.pruning
-    assert p.kept and p.why == "cut as asked, by measured time" and p.asked == "30% of the latency"
+    assert p.kept and p.why == "pruned as asked, by measured time" and p.asked == "30% of the latency"
     chosen = next(a for a in report.attempts if a.chosen)
     assert chosen.name == p.candidate and chosen.measurement.speedup >= 1 / 0.7
     assert all(t.verdict in ("fast enough", "not fast enough") for t in p.tried)
@@ -269,7 +269,7 @@ def test_a_stated_latency_is_cut_for_only_where_it_does_not_hold(place, tmp_path
     assert [a.name for a in report.attempts] == ["fp32"]
     report = compiled(place, tmp_path / "cut", max_latency_ms=0.6, **given)
     assert report.pruning.kept and text.is_pruned(report)
-    assert report.pruning.why == "cut as asked, by measured time, for 0.6 ms in place of 1 ms"
+    assert report.pruning.why == "pruned as asked, by measured time, for 0.6 ms in place of 1 ms"
     with pytest.raises(BudgetError, match="takes 0.5 ms, more than 0.2 ms"):
         compiled(place, tmp_path / "too slow", max_latency_ms=0.2, **given)
 
@@ -385,7 +385,7 @@ def test_the_terminal_shows_what_was_cut(cut, width):
     assert f"{first.node} 3 16 -> {first.outputs_left} " in flat
     assert f"{second.node} 16 -> {second.inputs_left} 16 -> {second.outputs_left} " in flat
     assert f"{last.node} 16 -> {last.inputs_left} 5 " in flat
-    assert "cut as asked" in flat and "cut, not repaired" in flat and "cut and repaired" in flat
+    assert "pruned as asked" in flat and "cut, not repaired" in flat and "cut and repaired" in flat
     assert f"parameters {text.si(report.pruning.parameters_before)} " in flat
     assert "pruned 60%: latency not measured" in flat
 

@@ -80,7 +80,9 @@ class Layout:
 
     def rows_of(self, y: Sequence[np.ndarray]) -> int:
         """Return how many rows are drawn from all batches of an output."""
-        return min(self.most, sum(a.size // a.shape[-1 if self.spatial is None else 1] for a in y))
+        channels = -1 if self.spatial is None else 1
+        rows: int = sum(a.size // a.shape[channels] for a in y)
+        return min(self.most, rows)
 
     def draw(self, y: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
         """Return at most `most` output positions, drawn without replacement, as numbers."""

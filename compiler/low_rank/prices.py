@@ -8,7 +8,7 @@ shapes (latency/table.py) foretells the rest. Shapes that were timed before are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -27,10 +27,21 @@ if TYPE_CHECKING:
 _TIMED = 9
 
 
-def priced(
-    this: Job, model: ir.Model, menu: Mapping[str, Sequence[Item]], run: Delivery | None
-) -> tuple[dict[str, list[Item]], LatencyTable | None]:
-    """Return the menu with MACs and, where it is said how networks will `run`, milliseconds; and the table of these."""
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """A menu with what its items cost; where milliseconds are known, those of the whole network, and their misfit."""
+
+    menu: Mapping[str, Sequence[Item]]
+    whole_ms: float | None = None
+    misfit: float | None = None
+
+    def without_times(self) -> Prices:
+        """Return the same without milliseconds."""
+        return Prices({name: [replace(item, ms=None) for item in items] for name, items in self.menu.items()})
+
+
+def priced(this: Job, model: ir.Model, menu: Mapping[str, Sequence[Item]], run: Delivery | None) -> Prices:
+    """Return the menu with MACs and, where it is said how networks will `run`, milliseconds."""
     networks = [_network(model, menu, i) for i in range(1, max((len(items) for items in menu.values()), default=1))]
     feed = job.one_input(this)
     shaped = [{shape.node: shape for shape in shapes(network, feed)} for network in (model, *networks)]
@@ -46,7 +57,10 @@ def priced(
             nodes = nodes_of(name, item)
             macs = sum(counted[i].get(node, 0) for node in nodes)
             found[name].append(replace(item, macs=macs, ms=_ms(table, shaped[i], nodes)))
-    return found, table
+    if table is None:
+        return Prices(found)
+    whole = table.call_ms + sum(table.ms(shape.family, *shape.amounts({})) or 0.0 for shape in shaped[0].values())
+    return Prices(found, whole, table.misfit)
 
 
 def nodes_of(layer: str, item: Item) -> list[str]:

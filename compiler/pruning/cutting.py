@@ -13,7 +13,7 @@ from .. import layers, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
 from ..proof import Prover
-from ..types import DeviceProfile, PassRecord, PrunedLayer, PruneTrial, Pruning
+from ..types import DeviceProfile, PassRecord, PrunedLayer, Pruning, Trial
 from . import allocation, importance
 from .branch_ranking import rank_branches
 from .costs import Costs
@@ -218,7 +218,7 @@ class Cutting:
         return made if isinstance(again, str) else again
 
     def summary(
-        self, request: Saving, made: Made | None, why: str, tried: Sequence[PruneTrial] = (), told: Sequence[str] = ()
+        self, request: Saving, made: Made | None, why: str, tried: Sequence[Trial] = (), told: Sequence[str] = ()
     ) -> Pruning:
         """Return what the report says of it."""
         found = Pruning(

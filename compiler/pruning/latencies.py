@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,10 @@ from ..latency.networks import time_networks
 from ..latency.shapes import Shape, shapes
 from ..latency.table import LatencyTable, Timed
 from ..memory import Memory
+from ..options import STEPS
+from ..proof import Prover
 from ..quantization.quantizer import Quantizer
+from ..quantization.search import search
 from ..types import Range
 from . import costs
 from .costs import Costs
@@ -48,13 +51,17 @@ _PROPOSALS, _AGREED = 5, 0.02
 
 @dataclass(frozen=True, eq=False)
 class Delivery:
-    """What will run: its precision's name, and how to make something as fast of a float network."""
+    """What will run: its precision's name, and how to make something as fast of a float network.
+
+    `rounded` makes a candidate of a float one that is about as good, or bad, as what will run: calibrated by extremes.
+    """
 
     precision: str
     make: Callable[[ir.Model], ir.Model]
+    rounded: Callable[[Candidate], Candidate] = lambda one: one
 
     def delivered(self, one: Candidate) -> Candidate:
-        """Return a float candidate as it will run, under its own name; its quality is that of its floats."""
+        """Return a float candidate as fast as it will be, under its own name; its quality is that of its floats."""
         path = one.path.with_name(f"{one.path.stem}-delivered.onnx")
         return save(Candidate(one.name, one.precision, path, self.make(one.model), judged=one.path))
 
@@ -69,7 +76,13 @@ def delivery(this: Job) -> Delivery:
     def quantized(model: ir.Model) -> ir.Model:
         return Quantizer(model, supports, scheme, _ranges(model)).build().model
 
-    return Delivery("int8" if this.options.precision == "auto" else this.options.precision, quantized)
+    def rounded(one: Candidate) -> Candidate:
+        plainly = replace(this.options, method="minmax", without=tuple(step for step in STEPS if step != "ranges"))
+        found = search(replace(this, options=plainly), one.model, scheme, Prover(one.model))
+        path = one.path.with_name(f"{one.path.stem}-rounded.onnx")
+        return save(Candidate(one.name, one.precision, path, found.quantizer.build().model))
+
+    return Delivery("int8" if this.options.precision == "auto" else this.options.precision, quantized, rounded)
 
 
 def _ranges(model: ir.Model) -> dict[str, Range]:

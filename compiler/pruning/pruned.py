@@ -24,11 +24,12 @@ from .. import model as model_io
 from .. import pipeline, trials
 from ..candidates import Candidate
 from ..proof import Prover
+from ..race import Chosen, Race
 from ..types import Pruning
+from .contest import Cuts
 from .costs import Costs
 from .cutting import Cutting, Made
 from .latencies import Pricing, delivery
-from .race import Chosen, Race
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +56,7 @@ def prune(this: Job, model: ir.Model, baseline: Candidate, work: Path, request: 
     joined, moved = pipeline.run(model_io.copy(model), [JoinMoves()], Prover(model))
     cutting = Cutting.of(this, joined, moved, start)
     found = _nothing(cutting) or _chosen(this, cutting, baseline, work, request)
-    made = found.made
+    made = found.what
     if made is not None and this.seconds_left != 0:
         made = cutting.finished(made, work)
     tried = () if made is None else (made.candidate,)  # the last measurement must not turn to what was turned down
@@ -63,7 +64,7 @@ def prune(this: Job, model: ir.Model, baseline: Candidate, work: Path, request: 
     return Pruned(baseline if made is None else made.candidate, tried, summary)
 
 
-def _nothing(cutting: Cutting) -> Chosen | None:
+def _nothing(cutting: Cutting) -> Chosen[Made] | None:
     """Return why nothing can be cut; None where something can."""
     if cutting.rankings:
         return None
@@ -74,7 +75,7 @@ def _nothing(cutting: Cutting) -> Chosen | None:
     return Chosen(None, "nothing could be repaired behind a cut")
 
 
-def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen:
+def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen[Made]:
     if request.kind == "latency" or not (request.saved or this.options.goal == "size"):
         return _by_latency(this, cutting, baseline, work, request)
     kind = request.kind if request.saved else "params"
@@ -90,7 +91,7 @@ def _chosen(this: Job, cutting: Cutting, baseline: Candidate, work: Path, reques
         return _smallest(this, made)
     (saved,), reached = request.saved, 1 - costs.of(made[0].removed) / costs.of({})
     short = f"{100 * reached:.3g}% is what can be cut in whole units"
-    return Chosen(made[0], "cut as asked" if reached >= saved - 1e-9 else short)
+    return Chosen(made[0], "pruned as asked" if reached >= saved - 1e-9 else short)
 
 
 def _part(cutting: Cutting, costs: Costs, saved: float, work: Path, final: bool) -> Made | str:
@@ -102,14 +103,14 @@ def _part(cutting: Cutting, costs: Costs, saved: float, work: Path, final: bool)
     return cutting.closest(proposals, work, f"pruned {100 * saved:.0f}%", final)
 
 
-def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen:
+def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen[Made]:
     """Cut by milliseconds: a named part of them, or to a stated latency, or as far as the quality budget allows."""
     if this.target is None:
         why = f"nothing can be shown to pay where nothing is measured ({this.not_measured}); --prune 30% is obeyed"
         return Chosen(None, why)
     run = delivery(this)
     prices = Pricing.of(this, cutting.model, cutting.structure, cutting.steps, run)
-    race = Race(this, cutting, prices, baseline, work)
+    race = Race(this, Cuts(cutting, prices, work), baseline)
     if request.saved:
         found = race.part(request.saved[0])
     elif this.options.budget.max_latency_ms is not None:
@@ -121,7 +122,7 @@ def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, re
     return replace(found, notes=(f"{told} {100 * prices.table.misfit:.0f} %",))
 
 
-def _smallest(this: Job, made: Sequence[Made]) -> Chosen:
+def _smallest(this: Job, made: Sequence[Made]) -> Chosen[Made]:
     """Return the smallest that loses no more than the budget allows; nothing where all do, or nobody can say."""
     most = this.options.budget.max_drop
     drops = {name: found.drop for name, found in trials.judge(this, [one.candidate for one in made]).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..types import LowRank, LowRankLayer, Report
-from . import text
+from . import race_tables, text
 from .grid import Table, columns
 
 #: What the forms are called (passes/factorize.py).
@@ -23,11 +23,12 @@ def tables(report: Report, limit: int | None = None) -> tuple[Table, ...]:
         return ()
     title = f"Low rank, asked for: {text.clean(found.asked)}"
     said = [text.clean(note) for note in (found.why, *found.notes)]
+    raced = race_tables.tried("choice of ranks", "Choices of ranks", found.tried)
     if not found.kept:
-        return (Table(title, (), (), tuple(said)), *([layers(found, limit)] if _timed(found) else []))
+        return Table(title, (), (), tuple(said)), *raced, *([layers(found, limit)] if _timed(found) else [])
     said += _measured(report, found)
     sizes = Table(title, columns("", "#before", "#after", "#saved %"), _sizes(found), tuple(said))
-    return sizes, layers(found, limit)
+    return sizes, *raced, layers(found, limit)
 
 
 def layers(found: LowRank, limit: int | None = None) -> Table:

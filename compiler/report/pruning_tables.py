@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..types import Fidelity, Measurement, PrunedLayer, Pruning, Report
-from . import text
+from . import race_tables, text
 from .grid import Table, columns
 
 _CRITERIA = {
@@ -23,22 +23,9 @@ def tables(report: Report, limit: int | None = None) -> tuple[Table, ...]:
     title = f"Pruning, asked for: {text.clean(p.asked)}"
     if not p.kept:
         said = tuple(text.clean(note) for note in (p.why, *p.notes))
-        return (Table(title, (), (), said), *([tried(p)] if p.tried else []))
+        return (Table(title, (), (), said), *(race_tables.tried("cut", "Cuts", p.tried)))
     sizes = Table(title, columns("", "#before", "#after", "#cut %"), _sizes(p), tuple(_notes(report, p)))
-    return sizes, *([tried(p)] if p.tried else []), repair(p), layers(p, limit)
-
-
-def tried(p: Pruning) -> Table:
-    """The cuts that raced the whole network: how much faster they were foretold and measured to be."""
-    titles = columns("cut", "#predicted speed-up", "#measured speed-up", "#lost, points", "verdict")
-    rows = tuple(
-        (text.clean(t.name), text.ratio(t.predicted_speedup), text.ratio(t.measured_speedup), text.fixed(t.drop, 2),
-         text.clean(t.verdict))
-        for t in p.tried
-    )  # fmt: skip
-    precisions = " and ".join(dict.fromkeys(text.precision(t.precision) for t in p.tried))
-    note = f"both in {precisions}, the whole network and the cut one, without any search; points are those of floats"
-    return Table("Cuts that were tried", titles, rows, (note,))
+    return sizes, *(race_tables.tried("cut", "Cuts", p.tried)), repair(p), layers(p, limit)
 
 
 def repair(p: Pruning) -> Table:
