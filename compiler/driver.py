@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING
 
 from .._version import __version__
@@ -30,6 +30,7 @@ from .proof import Prover
 from .report import text
 from .types import (
     Attempt,
+    Budget,
     Layer,
     PassRecord,
     Progress,
@@ -140,15 +141,17 @@ def _explored(
     """Prune and factorize if asked to, quantize, measure, judge and choose; where nothing is cut, `before` stands."""
     options, base, cut, low = this.options, baseline, None, None
     prune_by, low_rank_by = requests
+    # a folder of its own: what was made of the whole network is raced against what is made of a smaller one
+    work = Path(mkdtemp(dir=baseline.path.parent)) if any(requests) else baseline.path.parent
     if prune_by is not None:
         from .pruning.pruned import prune  # scipy: heavy
 
-        cut = prune(this, model, baseline, baseline.path.parent, prune_by)
+        cut = prune(this, model, baseline, work, prune_by)
         base = cut.base
     if low_rank_by is not None:
         from .low_rank.factorized import low_rank  # scipy: heavy
 
-        low = low_rank(this, base, baseline.path.parent, low_rank_by)
+        low = low_rank(this, base, work, low_rank_by)
         base = low.base
     if before is not None and base is baseline:
         return replace(before, cut=cut, low=low)
@@ -158,7 +161,7 @@ def _explored(
     smaller = [*(cut.tried if cut is not None else ()), *(low.tried if low is not None else ())]
     first = (baseline, *[c for c in smaller if c is base], *found.candidates)
     tried = State(first, trials.measure(this, first), trials.judge(this, first), base.name)
-    state = closing.close(this, found, tried, baseline.path.parent)
+    state = closing.close(this, found, tried, work)
     attempts = guard.choose(
         [state.attempt(c) for c in state.candidates],
         options.budget,
@@ -179,23 +182,35 @@ def _tried(this: Job, model: ir.Model, baseline: Candidate, scheme: QuantScheme 
     whole = explored((None, None))
     if any(asked):
         return _better(whole, explored(asked, whole))
-    return _better(whole, explored((Saving("auto"), None), whole)) if _too_slow(this, whole.attempt) else whole
+    found = whole
+    for requests in _remedies(this, whole.attempt):
+        found = _better(found, explored(requests, found))
+        if guard.broken(found.attempt, options.budget) is None:
+            break
+    return found
 
 
-def _too_slow(this: Job, attempt: Attempt) -> bool:
-    """Say whether a stated latency is missed by all that was tried, and channels can be cut for it."""
+def _remedies(this: Job, attempt: Attempt) -> list[tuple[Saving | None, Saving | None]]:
+    """Return what to make smaller, and how, where all that was tried misses a stated latency or size."""
     limit, ms = this.options.budget.max_latency_ms, attempt.measurement.median_ms
-    return limit is not None and ms is not None and ms > limit and this.images is not None
+    if this.images is None:
+        return []
+    if limit is not None and ms is not None and ms > limit:
+        return [(Saving("auto"), None), (None, Saving("auto", "params"))]
+    most = this.options.budget.max_size_bytes
+    return [(None, Saving("auto", "params"))] if most is not None and attempt.size_bytes > most else []
 
 
 def _better(whole: _Explored, cut: _Explored) -> _Explored:
-    """Return what was made smaller if it holds a stated latency, or comes nearer; or, without one, is faster."""
+    """Return what was made smaller if it holds a stated latency or size, or comes nearer; or, without, is faster."""
+    pruned, low = cut.cut or whole.cut, cut.low or whole.low
+    budget = whole.this.options.budget
     if cut.base is whole.base:
-        return cut
-    why = _late(whole, cut) if whole.this.options.budget.max_latency_ms is not None else _no_faster(whole, cut)
+        return replace(cut, cut=pruned, low=low)
+    large = budget.max_size_bytes is not None and whole.attempt.size_bytes > budget.max_size_bytes
+    why = _missed(whole, cut) if large or budget.max_latency_ms is not None else _no_faster(whole, cut)
     if why is None:
-        return cut
-    pruned, low = cut.cut, cut.low
+        return replace(cut, cut=pruned, low=low)
     if pruned is not None and pruned.pruning.kept:
         pruned = replace(pruned, pruning=replace(pruned.pruning, kept=False, why=why))
     if low is not None and low.summary.kept:
@@ -203,16 +218,23 @@ def _better(whole: _Explored, cut: _Explored) -> _Explored:
     return replace(whole, cut=pruned, low=low)
 
 
-def _late(whole: _Explored, cut: _Explored) -> str | None:
-    """Return why what was cut for a stated latency is not handed over."""
+def _missed(whole: _Explored, cut: _Explored) -> str | None:
+    """Return why what was made smaller for a stated latency or size is not handed over."""
     budget = cut.this.options.budget
-    inside = guard.broken(cut.attempt, replace(budget, max_latency_ms=None)) is None
-    before, after = (one.attempt.measurement.median_ms or math.inf for one in (whole, cut))
-    if guard.broken(cut.attempt, budget) is None or (inside and after < before):
+    inside = guard.broken(cut.attempt, replace(budget, max_latency_ms=None, max_size_bytes=None)) is None
+    nearer = _beyond(cut.attempt, budget) < _beyond(whole.attempt, budget)
+    if guard.broken(cut.attempt, budget) is None or (inside and nearer):
         return None
     tried = [a for a in cut.attempts[1:] if a.measurement.median_ms is not None] or [cut.attempt]
     best = min(tried, key=lambda a: a.measurement.median_ms or math.inf)
-    return f"cut for the stated latency, but {best.name} of the cut network {best.verdict}; nothing was cut"
+    asked = "latency" if budget.max_latency_ms is not None else "size"
+    return f"made smaller for the stated {asked}, but {best.name} of that {best.verdict}; nothing was changed"
+
+
+def _beyond(attempt: Attempt, budget: Budget) -> float:
+    """Return by which factor an attempt misses the stated latency or size, whichever is worse."""
+    slow = 0.0 if budget.max_latency_ms is None else (attempt.measurement.median_ms or math.inf) / budget.max_latency_ms
+    return max(slow, 0.0 if budget.max_size_bytes is None else attempt.size_bytes / budget.max_size_bytes)
 
 
 def _no_faster(whole: _Explored, cut: _Explored) -> str | None:

@@ -1,0 +1,187 @@
+"""The float candidate that is factorized, what its layers could be and cost, and the networks that are made of that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...passes import factorize
+from .. import job
+from .. import model as model_io
+from ..candidates import Candidate, save
+from ..proof import Prover
+from ..pruning.cutting import multiple_of
+from ..pruning.images import repair_feeds
+from ..pruning.latencies import Delivery, delivery
+from ..types import PassRecord
+from .allocation import allocate
+from .menu import Item, groups_of, menu, refusals, stand_in
+from .prices import Prices, priced
+from .repair import fitted
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from ..job import Job
+
+#: The chains give what the composed weights give, but for float32's rounding between them.
+TOLERANCE = 1e-4
+#: A chain is faster where it is foretold to take at most this part of the layer's time.
+_FASTER = 0.95
+#: Times of layers that explain those of whole networks worse than this are of no use.
+_BELIEVED = 0.5
+
+#: What each layer becomes, by its name; itself where the item has no choice.
+Chosen = Mapping[str, Item]
+
+
+@dataclass(frozen=True, eq=False)
+class Kitchen:
+    """The candidate, the images, and the menu with its prices. `run` is how networks will be delivered."""
+
+    this: Job
+    base: Candidate
+    feeds: Sequence[Mapping[str, np.ndarray]]
+    prices: Prices
+    run: Delivery
+    work: Path
+    start: float
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, this: Job, base: Candidate, work: Path, timed: bool) -> Kitchen:
+        """Find out what the layers of `base` could be; with `timed`, how fast on the target. There must be images."""
+        assert this.images is not None
+        start, scheme = time.perf_counter(), job.quant_scheme(this)
+        integers = scheme is not None and scheme.activation in ("uint8", "int8")
+        feeds = repair_feeds(base.model, this.images, threads=this.threads)
+        offered = menu(
+            base.model, feeds,
+            multiple=multiple_of(this.profile), integers=scheme.weight_max if scheme is not None and integers else None,
+            seed=this.options.seed, threads=this.threads, deadline=this.deadline, progress=this.progress,
+        )  # fmt: skip
+        run = delivery(this)
+        prices = priced(this, base.model, offered, run if timed else None)
+        notes: tuple[str, ...] = ()
+        if prices.misfit is not None:
+            told = f"{100 * prices.misfit:.0f} %"
+            notes = (f"layers are priced by timed shapes, which explain what was timed within {told}",)
+            if prices.misfit > _BELIEVED:
+                prices = prices.without_times()
+                notes = (f"times of layers explain those of networks within {told} only: not believed",)
+        return cls(this, base, feeds, prices, run, work, start, notes)
+
+    @property
+    def model(self) -> ir.Model:
+        """The model of the candidate."""
+        return self.base.model
+
+    @property
+    def menu(self) -> Mapping[str, Sequence[Item]]:
+        """What each layer could be, itself first."""
+        return self.prices.menu
+
+    @property
+    def timed(self) -> bool:
+        """Whether milliseconds are known."""
+        return self.prices.whole_ms is not None
+
+    def total(self, kind: str) -> float:
+        """Return what all layers on the menu cost as they are: "params", "macs" or "ms"."""
+        return sum(cost_of(items[0], kind) for items in self.menu.values())
+
+    def whole(self, kind: str) -> float:
+        """Return what the network costs as it is, with what is not on the menu."""
+        if kind == "params":
+            return float(model_io.parameters(self.model))
+        return self.total(kind) if kind == "macs" else self.prices.whole_ms or 0.0
+
+    def faster(self) -> dict[str, list[Item]]:
+        """Return the menu without chains that are not foretold to be faster than their layers."""
+        return {
+            name: [items[0], *(item for item in items[1:] if is_faster(item, items[0]))]
+            for name, items in self.menu.items()
+        }
+
+    def chosen(self, kind: str, saved: float, quick: bool) -> Chosen | None:
+        """Return an item for each layer so that the part is saved; None where it cannot be.
+
+        With `quick`, of chains that are foretold to be faster only.
+        """
+        limit = self.total(kind) - saved * self.whole(kind)
+        return allocate(self.faster() if quick else self.menu, lambda item: cost_of(item, kind), limit)
+
+    def cheapest(self, kind: str) -> Chosen:
+        """Return what costs least."""
+        menu = self.faster() if kind == "ms" else self.menu
+        return {name: min(items, key=lambda item: (cost_of(item, kind), item.error)) for name, items in menu.items()}
+
+    def stand_in(self, chosen: Chosen, name: str) -> Candidate | str:
+        """Return a network as fast, and as large, as one with these chains, of random numbers."""
+        nodes = {node.name: node for node in self.model.graph}
+        chains = {}
+        for layer, choice in _choices(chosen).items():
+            weight = nodes[layer].inputs[1]
+            assert weight is not None and weight.const_value is not None
+            chains[layer] = stand_in(choice, groups_of(nodes[layer], tuple(weight.const_value.shape.numpy())))
+        if not chains:
+            return "no layer becomes smaller"
+        found = factorize.factorized(self.model, chains)
+        return save(Candidate(name, "fp32", self.work / f"{_stem(name)}-stand-in.onnx", found))
+
+    def made(self, chosen: Chosen, name: str) -> Candidate | str:
+        """Return the network with these chains, fitted and proven, as a file; or why there is none."""
+        forms = _choices(chosen)
+        if not forms:
+            return "no layer becomes smaller"
+        model, chains = fitted(
+            self.model, forms, self.feeds,
+            seed=self.this.options.seed, threads=self.this.threads, progress=self.this.progress,
+        )  # fmt: skip
+        found = factorize.factorized(model, chains)
+        proof = Prover(model).prove(found, TOLERANCE)
+        if proof.error is not None and not proof.error <= proof.tolerance:
+            return f"the chains failed their proof: outputs differ by {proof.error:.1e} from the composed weights'"
+        record = PassRecord(
+            name="factorize",
+            stage="compress",
+            exact=False,
+            modified=True,
+            seconds=time.perf_counter() - self.start,
+            nodes_before=len(self.model.graph),
+            nodes_after=len(found.graph),
+            rewrites=len(chains),
+            refusals=refusals(self.model),
+            notes=("the proof is that of the chains: the network with the weights that they stand for",),
+            proof=proof,
+        )
+        path = self.work / f"{_stem(name)}.onnx"
+        return save(Candidate(name, "fp32", path, found, (*self.base.records, record)))
+
+    def called(self, name: str) -> str:
+        """Return the name of a network that is made: with what was done to it before."""
+        return name if self.base.name == "fp32" else f"{self.base.name}, {name}"
+
+
+def cost_of(item: Item, kind: str) -> float:
+    """Return the parameters, MACs or milliseconds of an item."""
+    if kind == "params":
+        return item.params
+    return item.macs if kind == "macs" else item.ms or 0.0
+
+
+def is_faster(item: Item, layer: Item) -> bool:
+    """Say whether a chain is foretold to be faster than its layer."""
+    return item.ms is not None and layer.ms is not None and item.ms <= _FASTER * layer.ms
+
+
+def _choices(chosen: Chosen) -> dict[str, factorize.Choice]:
+    return {layer: item.choice for layer, item in chosen.items() if item.choice is not None}
+
+
+def _stem(name: str) -> str:
+    return name.replace(" ", "-").replace("%", "").replace(",", "")
