@@ -43,9 +43,11 @@ def forms(path: Path, calib: Path, held_out: Path, pre: str | None, threads: int
     assert this.images is not None and this.judged is not None
     model, _ = pipeline.run(original, pipeline.exact_passes(), None)
     start = time.perf_counter()
-    known = {s.node.name: s for s in menu.seen(model, repair_feeds(model, this.images, threads=threads))}
+    feeds = repair_feeds(model, this.images, threads=threads)
+    known = {s.node.name: s for s in menu.seen(model, feeds, held_out=False)}
     few = this.judged.subset(range(0, len(this.judged), max(1, len(this.judged) // _IMAGES)))
-    unseen = {s.node.name: s for s in menu.seen(model, [batch.feed for batch in few.batches(16)])}
+    others = [batch.feed for batch in few.batches(16)]
+    unseen = {s.node.name: s for s in menu.seen(model, others, held_out=False)}
     gains: dict[str, list[float]] = defaultdict(list)
     aware_db: dict[str, list[float]] = defaultdict(list)
     for name, layer in known.items():

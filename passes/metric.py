@@ -60,8 +60,12 @@ def ridged(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
 
 def shrunk(gram: np.ndarray, rows: int) -> np.ndarray:
     """Return H of X'X (in, in) over so many rows."""
-    part = shrinkage(float(np.trace(gram)), float(np.vdot(gram, gram)), len(gram), rows)
-    return ridged((1 - part) * gram, (part + RIDGE) / max(1 - part, RIDGE)) if part < 1 else ridged(0 * gram)
+    energy = float(np.trace(gram)) / len(gram)
+    if energy <= 0:
+        return np.eye(len(gram))
+    part = shrinkage(energy * len(gram), float(np.vdot(gram, gram)), len(gram), rows)
+    found: np.ndarray = (1 - part) * gram + (part + RIDGE) * energy * np.eye(len(gram))
+    return found
 
 
 def shrunk_rows(rows: np.ndarray) -> FewRows:

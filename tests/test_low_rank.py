@@ -1,27 +1,21 @@
 """Low rank: the factors against closed forms, the chains against the weights that they stand for, and the compile."""
 
 import itertools
-import json
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import zoo
-from edgec.compiler import layers
 from edgec.compiler import model as model_io
-from edgec.compiler.errors import UserError
+from edgec.compiler.fitting import layout
 from edgec.compiler.low_rank import allocation, menu, repair
 from edgec.compiler.low_rank.menu import Item
-from edgec.compiler.options import Saving, parse_low_rank
-from edgec.compiler.report import html, serial, terminal
-from edgec.passes import factorize, low_rank, metric
+from edgec.passes import chain_noise, factorize, low_rank, metric
 from edgec.passes.factorize import Choice
 from equivalence import sample, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pruning_compiler import error, feeds
-from test_report import lines
-from twofold import alone, compiled, furnished
 
 FORMS = ("svd", "channels", "spatial", "tucker", "cp")
 
@@ -112,6 +106,98 @@ def test_a_layer_of_zeros_and_one_that_reads_zeros(form):
     for w, g in ((np.zeros_like(weight), h), (weight, metric.ridged(np.zeros_like(h)))):
         chain = fit(Choice(form, ranks_of(form, 2, weight[None].shape)), w, g)
         assert np.isfinite(chain.error) and all(np.isfinite(a).all() for a in chain.groups[0].arrays)
+
+
+# ------------------------------------------------------------------------------------------- what a layer reads
+
+
+def test_many_rows_speak_for_themselves_and_one_for_nothing():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20_000, 6)) * np.geomspace(1, 0.1, 6)
+    gram = x.T @ x
+    assert np.abs(metric.shrunk(gram, len(x)) - gram).max() < 1e-2 * np.trace(gram) / 6
+    one = metric.shrunk(np.outer(x[0], x[0]), 1)
+    assert np.linalg.cond(one) < 10, "nothing is free that one row does not show"
+
+
+def test_shrinking_comes_closer_to_what_other_images_say():
+    """The point of it: with 12 rows of 30 inputs, the covariance that they show is less right than the shrunk one."""
+    rng = np.random.default_rng(0)
+    spread = np.diag(np.geomspace(1, 0.2, 30))
+    x = rng.normal(size=(12, 30)) @ spread
+    truth, gram = 12 * spread @ spread, x.T @ x
+    assert np.linalg.norm(metric.shrunk(gram, 12) - truth) < 0.7 * np.linalg.norm(gram - truth)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 9), st.integers(10, 20), st.integers(0, 1000))
+def test_few_rows_stand_for_the_matrix_that_is_not_made(rows, inputs, seed):
+    rng = np.random.default_rng(seed)
+    x, d = rng.normal(size=(rows, inputs)), rng.normal(size=(3, inputs))
+    few, dense = metric.shrunk_rows(x), metric.shrunk(x.T @ x, rows)
+    assert len(few) == len(dense)
+    np.testing.assert_allclose(d @ few, d @ dense, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(metric.solved(few, d.T), metric.solved(dense, d.T), rtol=1e-6, atol=1e-9)
+    both = [metric.pulled(h, 0.5) for h in (few, dense)]
+    np.testing.assert_allclose(d @ both[0], d @ both[1], rtol=1e-6)
+    assert metric.energy_of(d, few) == pytest.approx(metric.energy_of(d, dense))
+
+
+def test_layers_with_too_many_inputs_keep_their_rows_and_come_to_the_same(monkeypatch):
+    model = chained()
+    forms = {"Conv_b": Choice("svd", (8,)), "Gemm_y": Choice("svd", (4,))}
+    dense = repair.fitted(model, forms, feeds(model), threads=1)[0]
+    wide = [s.wide for s in layouts(model)]
+    monkeypatch.setattr(layout, "MOST_INPUTS", 20)
+    monkeypatch.setattr(menu, "MOST_INPUTS", 20)
+    assert not any(wide) and all(s.wide for s in layouts(model))
+    fitted = repair.fitted(model, forms, feeds(model), threads=1)[0]
+    for name in forms:
+        np.testing.assert_allclose(by_name(fitted, name), by_name(dense, name), rtol=1e-3, atol=1e-4)
+    offered = menu.menu(model, feeds(model), threads=1)
+    assert {item.choice.form for items in offered.values() for item in items[1:]} == {"svd"}
+
+
+def layouts(model):
+    nodes = (node for node in model.graph if node.op_type in ("Conv", "Gemm"))
+    return [layout.layout_of(node, tuple(node.inputs[1].shape.numpy()), wide=True) for node in nodes]
+
+
+# ------------------------------------------------------------------------------------------- integers
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_noise_of_integers_is_about_what_rounding_does(form):
+    """Against rounding done by hand: weights per output channel of each link, what stands between them per tensor."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(8, 6, 3, 3))
+    x = rng.normal(size=(4000, 54)) @ np.diag(np.geomspace(1, 0.3, 54))
+    chain = fit(Choice(form, (4, 4) if form == "tucker" else (3,)), weight, x.T @ x)
+    expected = chain_noise.energy(chain, weight[None], [x.T @ x], len(x))
+    alone = chain.error * metric.energy_of(weight, x.T @ x)
+    coarse = chain_noise.energy(chain, weight[None], [x.T @ x], len(x), most=7)
+    assert alone < expected < 1.5 * alone and coarse > expected, "8 bits cost little, 4 more"
+
+
+def test_between_the_factors_of_an_svd_the_noise_is_that_of_rounding():
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=(8, 20)), rng.normal(size=(50_000, 20))
+    chain = fit(Choice("svd", (8,)), weight, x.T @ x)
+    left, right = (chain_noise.rounded(a) for a in chain.groups[0].arrays)
+    between = x @ chain.groups[0].arrays[1].T
+    step = 2 * 5 * between.std(axis=0).max() / 255
+    made = (np.rint(between / step) * step) @ chain.groups[0].arrays[0].T
+    noise = np.square(made - x @ weight.T).sum() + metric.energy_of(weight - left @ right, x.T @ x)
+    found = chain_noise.energy(chain, weight[None], [x.T @ x], len(x))
+    assert found == pytest.approx(noise, rel=0.1)
+
+
+def test_where_integers_will_run_the_menu_knows():
+    model = chained()
+    floats, integers = (menu.menu(model, feeds(model), integers=most, threads=1) for most in (None, 127))
+    for name, items in integers.items():
+        assert items[0].error > 0 == floats[name][0].error
+        assert all(a.error >= 0.98 * b.error for a, b in zip(items, floats[name], strict=True))
 
 
 # ------------------------------------------------------------------------------------------- the chains
@@ -281,105 +367,3 @@ def test_factors_fitted_to_the_images_beat_those_of_the_weights_alone():
 def by_name(model, name):
     node = next(n for n in model.graph if n.name == name)
     return factorize.as_groups(node, node.inputs[1].const_value.numpy().astype(np.float64))
-
-
-# ------------------------------------------------------------------------------------------- compile
-
-
-@pytest.mark.parametrize(
-    ("given", "asked"),
-    [
-        ("auto", Saving("auto", "params")),
-        ("30%", Saving("30% of the parameters", "params", (0.3,))),
-        ("macs:12.5%", Saving("12.5% of the MACs", "macs", (0.125,))),
-        ("latency:20%", Saving("20% of the latency", "latency", (0.2,))),
-    ],
-)
-def test_what_can_be_asked(given, asked):
-    assert parse_low_rank(given) == asked
-
-
-@pytest.mark.parametrize("given", ["", "30", "0%", "macs:auto", "rank:3"])
-def test_what_cannot_be_asked_says_what_can(given):
-    with pytest.raises(UserError) as caught:
-        parse_low_rank(given)
-    assert "--low-rank" in caught.value.where
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return furnished(tmp_path_factory.mktemp("low_rank"))
-
-
-@pytest.fixture(scope="module")
-def smaller(place):
-    return compiled(place, place / "small.edgec", low_rank="40%"), place / "small.edgec"
-
-
-def test_a_named_part_of_the_parameters_goes(smaller):
-    report, bundle = smaller
-    found = report.low_rank
-    assert found.kept and found.why == "factorized as asked" and found.candidate == "low rank 40%"
-    assert [a.name for a in report.attempts] == ["fp32", "low rank 40%"] and report.attempts[1].chosen
-    assert found.parameters_after <= 0.6 * found.parameters_before
-    model = model_io.load(bundle / "model.onnx")
-    assert model_io.parameters(model) == found.parameters_after
-    assert report.headline.startswith("Low-rank FP32") and "% fewer parameters" in report.headline
-    record = next(r for r in report.passes if r.name == "factorize")
-    assert record.modified and not record.exact and record.proof.error <= record.proof.tolerance
-    assert report.fidelity.outputs[0].sqnr_db > 10, "of 16 channels 8 differ"
-
-
-def test_the_report_shows_each_layer_and_comes_back(smaller):
-    report, _ = smaller
-    assert serial.from_json(json.loads(json.dumps(serial.to_json(report)))).low_rank == report.low_rank
-    changed = [x for x in report.low_rank.layers if x.form is not None]
-    assert changed and all(x.parameters_left < x.parameters for x in changed)
-    for shown in ("\n".join(lines(terminal.render, report, width=100)), html.render(report)):
-        assert "Low rank, asked for: 40% of the parameters" in " ".join(shown.split())
-        assert all(x.node in shown for x in changed)
-
-
-def test_integers_and_pruning_go_with_it(place, tmp_path):
-    report = compiled(place, tmp_path / "out", low_rank="30%", prune="30%", precision="int8")
-    assert report.low_rank.kept and report.pruning.kept and report.precision == "int8"
-    assert report.headline.startswith("Pruned low-rank INT8")
-    assert [r.name for r in report.passes if r.name in ("prune", "factorize", "quantize")] == [
-        "prune", "factorize", "quantize",
-    ]  # fmt: skip
-
-
-def test_for_size_the_smallest_that_holds_is_kept(place, tmp_path):
-    report = compiled(place, tmp_path / "out", low_rank="auto", goal="size", max_drop=20.0)
-    assert report.low_rank.kept and report.low_rank.why == "the smallest that holds the budget"
-    assert report.size_after_bytes < report.size_before_bytes
-
-
-def test_auto_says_why_nothing_pays_where_nothing_is_measured(place, tmp_path):
-    report = compiled(place, tmp_path / "out", low_rank="auto")
-    assert not report.low_rank.kept and "nothing is measured" in report.low_rank.why
-    assert [a.name for a in report.attempts] == ["fp32"] and "ow-rank" not in report.headline
-
-
-def test_where_no_chain_is_faster_nothing_is_done_and_both_times_are_shown(place, tmp_path, monkeypatch, by_shape):
-    """With times of reads times writes, chains of these small layers take longer than the layers."""
-    report = compiled(place, tmp_path / "out", low_rank="auto", device="local")
-    found = report.low_rank
-    assert not found.kept and "nothing was factorized" in found.why
-    timed = [x for x in found.layers if x.predicted_ms_chain is not None]
-    assert timed and all(x.form is None for x in found.layers)
-    assert "predicted ms" in "\n".join(lines(terminal.render, report, width=120))
-
-
-def test_without_images_or_a_target_it_says_what_to_do(place, tmp_path):
-    with pytest.raises(UserError, match="repaired on images"):
-        compiled(place, tmp_path / "out", low_rank="30%", calib=None)
-    with pytest.raises(UserError, match="latency is not measured"):
-        compiled(place, tmp_path / "out", low_rank="latency:20%")
-
-
-def test_a_network_without_such_layers(tmp_path):
-    alone(tmp_path, "g (float[N,6] x) => (float[N,6] y) { y = Relu (x) }", (40, 6))
-    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="30%")
-    assert not report.low_rank.kept and report.low_rank.layers == ()
-    assert layers.describe(model_io.load(tmp_path / "out" / "model.onnx")) == ()

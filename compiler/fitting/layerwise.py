@@ -124,7 +124,7 @@ def walk(
     forgive: bool = False,
     held_out: Sequence[bool] | None = None,
     ahead: bool = False,
-    wide: bool = False,
+    every: bool = False,
     skip: Collection[str] = (),
     seed: int = 0,
     threads: int = 0,
@@ -134,18 +134,20 @@ def walk(
 
     `quantized` was made from `original` by passes/quantize.py; or, with `floats`, it is a float model whose weights are
     chosen all the same. `feeds` are batches of inputs; those of `held_out` are summed up apart as well; with `ahead` a
-    site knows of what stands behind it; with `wide`, layers without a Gram matrix are chosen for as well. Without
-    `choose` the quantized model's own weights are measured.
+    site knows of what stands behind it; with `every`, layers without a Gram matrix and those with float16 weights are
+    chosen for as well. Without `choose` the quantized model's own weights are measured.
     `correct=False` leaves biases alone, `follow_skips=False` the errors of skip branches; with `forgive`, what a Relu
     takes away does not count. Layers named in `skip` are left as they are, and out of the result.
     """
     twins = {node.name: node for node in quantized.graph}
     layers = [
-        (n, twins[n.name]) for n in original.graph if is_layer(n) and _same(n, twins.get(n.name)) and n.name not in skip
+        (n, twins[n.name])
+        for n in original.graph
+        if is_layer(n, half=every) and _same(n, twins.get(n.name)) and n.name not in skip
     ]
     pair = _Pair(Stream(original, feeds, threads), Stream(quantized, feeds, threads), twins)
     options = _Options(
-        choose, floats, correct, follow_skips, forgive, held_out, ahead, wide, np.random.default_rng(seed)
+        choose, floats, correct, follow_skips, forgive, held_out, ahead, every, np.random.default_rng(seed)
     )
     steps = []
     for node, twin in layers:
@@ -154,12 +156,12 @@ def walk(
     return tuple(steps)
 
 
-def is_layer(node: ir.Node) -> bool:
-    """Say whether a node is linear with a constant float weight."""
+def is_layer(node: ir.Node, half: bool = False) -> bool:
+    """Say whether a node is linear with a constant float32 weight; or, with `half`, a float16 one."""
     if node.op_type not in LINEAR or node.domain not in ("", "ai.onnx"):
         return False
-    weight = node.inputs[1]
-    return weight is not None and weight.const_value is not None and weight.const_value.dtype == ir.DataType.FLOAT
+    weight, types = node.inputs[1], (ir.DataType.FLOAT, ir.DataType.FLOAT16)[: 1 + half]
+    return weight is not None and weight.const_value is not None and weight.const_value.dtype in types
 
 
 def peak_bytes(model: ir.Model, feed: Mapping[str, np.ndarray], threads: int = 0) -> int:
@@ -186,7 +188,7 @@ class _Options:
     forgive: bool
     held_out: Sequence[bool] | None
     ahead: bool
-    wide: bool
+    every: bool
     rng: np.random.Generator
 
 
@@ -257,7 +259,7 @@ def _pick(node: ir.Node, x: Arrays, goal: Wanted, options: _Options, ahead: Ahea
         return _Picked(reason="measured only")
     assert node.inputs[1] is not None and node.inputs[1].const_value is not None
     weight = node.inputs[1].const_value.numpy()
-    layout = layout_of(node, weight.shape, wide=options.wide)
+    layout = layout_of(node, weight.shape, wide=options.every)
     if isinstance(layout, str):
         return _Picked(reason=layout)
     layout = replace(layout, biased=takes_shift(node) and options.correct)
@@ -274,7 +276,7 @@ def _summed(
     node: ir.Node, weight: np.ndarray, layout: Layout, bias: np.ndarray, x: Arrays, goal: Wanted, options: _Options
 ) -> Site:
     """Return the sums over rows drawn from all batches, those over held-out batches, and the rows where they serve."""
-    moments = gram.sums(layout, layout.rows_of(goal.target)) if options.wide else gram.Moments(layout)
+    moments = gram.sums(layout, layout.rows_of(goal.target)) if options.every else gram.Moments(layout)
     apart = gram.Moments(layout) if options.held_out is not None else None
     most, images = layout.most, sum(map(len, x))
     outputs = weight.size // layout.inputs + _LEAST_OUTPUTS * layout.groups

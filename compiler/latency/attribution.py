@@ -1,6 +1,7 @@
 """Which node of the network a kernel of the optimised graph belongs to.
 
-ONNX Runtime's names keep those of the nodes and tensors that they come from, with something appended. A kernel that
+ONNX Runtime's names keep those of the nodes and tensors that they come from, with something appended; or put in front,
+where a CPU computes float16 in float32. A kernel that
 computes several nodes at once is named after the last of them, and belongs to the layer among them. What the runtime
 made up itself (reorders, transposes) belongs to the node that makes the tensor which it reads.
 """
@@ -14,6 +15,8 @@ import onnx_ir as ir
 from ..layers import LINEAR
 from .kernel_times import Kernel
 from .shapes import name_of
+
+_PREFIXES = ("InsertedPrecisionFreeCast_", "InsertedCast_")
 
 
 def by_node(kernels: Iterable[Kernel], model: ir.Model) -> dict[str, tuple[float, int]]:
@@ -68,6 +71,8 @@ def _behind(node: ir.Node, op: str, claimed: Collection[ir.Node]) -> ir.Node | N
 
 def longest_known(name: str, names: Mapping[str, object]) -> str:
     """Return the longest known name that `name` begins with and continues after _ or /; empty if there is none."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
     while name and name not in names:
         name = name[: max(name.rfind("_"), name.rfind("/"), 0)]
     return name

@@ -12,6 +12,7 @@ from ...passes import factorize
 from .. import job
 from .. import model as model_io
 from ..candidates import Candidate, save
+from ..fitting.layerwise import is_layer
 from ..proof import Prover
 from ..pruning.cutting import multiple_of
 from ..pruning.images import repair_feeds
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
     from ..job import Job
 
-#: The chains give what the composed weights give, but for float32's rounding between them.
-TOLERANCE = 1e-4
+#: The chains give what the composed weights give, but for float32's rounding between them; or float16's, of 5e-4 each.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2
 #: A chain is faster where it is foretold to take at most this part of the layer's time.
 _FASTER = 0.95
 #: Times of layers that explain those of whole networks worse than this are of no use.
@@ -143,7 +144,8 @@ class Kitchen:
             seed=self.this.options.seed, threads=self.this.threads, progress=self.this.progress,
         )  # fmt: skip
         found = factorize.factorized(model, chains)
-        proof = Prover(model).prove(found, TOLERANCE)
+        half = any(not is_layer(node) and is_layer(node, half=True) for node in model.graph)
+        proof = Prover(model).prove(found, HALF_TOLERANCE if half else TOLERANCE)
         if proof.error is not None and not proof.error <= proof.tolerance:
             return f"the chains failed their proof: outputs differ by {proof.error:.1e} from the composed weights'"
         record = PassRecord(

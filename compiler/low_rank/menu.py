@@ -96,14 +96,18 @@ def seen(
     model: ir.Model,
     feeds: Sequence[Mapping[str, np.ndarray]],
     *,
+    held_out: bool = True,
     seed: int = 0,
     threads: int = 0,
     progress: Progress = silent,
 ) -> Iterator[Seen]:
-    """Yield each layer that can be a chain with what it reads, in the graph's order."""
-    batches, apart = split(feeds, seed)
+    """Yield each layer that can be a chain with what it reads, in the graph's order.
+
+    Without `held_out`, all images are there to fit to, and to judge.
+    """
+    batches, apart = split(feeds, seed) if held_out else (feeds, [False] * len(feeds))
     stream, rng = Stream(model, batches, threads), np.random.default_rng(seed)
-    nodes = [node for node in model.graph if is_layer(node) and objection(node) is None]
+    nodes = [node for node in model.graph if is_layer(node, half=True) and objection(node) is None]
     for done, node in enumerate(nodes):
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
@@ -113,9 +117,9 @@ def seen(
         x, y = stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
         images, rows = sum(map(len, x)), layout.rows_of(y)
         fit, judge = gram.sums(layout, rows), gram.sums(layout, rows)
-        for one, wanted, held_out in zip(x, y, apart, strict=True):
+        for one, wanted, judges in zip(x, y, apart, strict=True):
             most = math.ceil(layout.most * len(one) / images)
-            (judge if held_out else fit).add(*layout.rows(one, wanted, most, rng))
+            (judge if judges else fit).add(*layout.rows(one, wanted, most, rng))
         judge = judge if judge.rows else fit
         progress("reading the layers", done + 1, len(nodes))
         yield Seen(node, factorize.as_groups(node, array), fit.metrics(), judge.metrics(), judge.rows)
@@ -127,8 +131,8 @@ def objection(node: ir.Node) -> str | None:
     weight = node.inputs[1] if why is None else None
     if weight is None or weight.const_value is None:
         return why
-    if weight.const_value.dtype != ir.DataType.FLOAT:
-        return f"its weight is {weight.const_value.dtype.name}, and sums are made of float32 layers"
+    if not is_layer(node, half=True):
+        return f"its weight is {weight.const_value.dtype.name}"
     shape = tuple(weight.const_value.shape.numpy())
     found = layout_of(node, shape, wide=True)
     if isinstance(found, str):

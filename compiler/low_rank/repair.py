@@ -60,9 +60,9 @@ def fitted(
         chain = form.fitted(target.reshape(shape), metrics)
         chains[name_of(site.node)], made = chain, factorize.composed(chain, shape)
         stand_for[name_of(site.node)] = made
-        return Choice(np.ascontiguousarray(factorize.as_stored(site.node, made)).astype(np.float32))
+        return Choice(np.ascontiguousarray(factorize.as_stored(site.node, made)).astype(site.weight.dtype))
 
-    steps = walk(model, model, feeds, choose, floats=True, wide=True, seed=seed, threads=threads, progress=progress)
+    steps = walk(model, model, feeds, choose, floats=True, every=True, seed=seed, threads=threads, progress=progress)
     twin = with_weights(model, stand_for)
     nodes, names = {node.name: node for node in twin.graph}, Names.of(twin)
     for step in steps:

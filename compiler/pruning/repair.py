@@ -152,9 +152,11 @@ def shift_bias(graph: ir.Graph, node: ir.Node, shift: np.ndarray, names: Names) 
     added = added_bias(node)
     reader, index = (node, 2) if added is None else added
     old = reader.inputs[index] if index < len(reader.inputs) else None
+    weight = node.inputs[1]
+    dtype = np.dtype(np.float32) if weight is None or weight.const_value is None else weight.const_value.dtype.numpy()
     before = np.zeros(1) if old is None or old.const_value is None else old.const_value.numpy().astype(np.float64)
     beta = node.attributes.pop("beta", None) if node.op_type == "Gemm" else None
-    array = (before * (1.0 if beta is None else beta.as_float()) + shift).astype(np.float32)
+    array = (before * (1.0 if beta is None else beta.as_float()) + shift).astype(dtype)
     name = names.fresh(f"{node.name}_bias_repaired")
     new = add_initializer(graph, name, ir.tensor(array, name=name))
     if index < len(reader.inputs):

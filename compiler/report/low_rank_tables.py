@@ -6,13 +6,13 @@ from ..types import LowRank, LowRankLayer, Report
 from . import race_tables, text
 from .grid import Table, columns
 
-#: What the forms are called (passes/factorize.py).
+#: What the forms are called, and what they are (passes/factorize.py).
 _FORMS = {
-    "svd": "kernel to rank, 1x1",
-    "channels": "1x1 to rank, kernel",
-    "spatial": "K x 1, 1 x K",
-    "tucker": "1x1, kernel, 1x1",
-    "cp": "1x1, K x 1, 1 x K, 1x1",
+    "svd": ("SVD", "the layer itself to the rank, then 1x1"),
+    "channels": ("channels", "1x1 to the rank, then the kernel"),
+    "spatial": ("spatial", "K x 1 to the rank, then 1 x K"),
+    "tucker": ("Tucker-2", "1x1, the kernel, 1x1; ranks of outputs x inputs"),
+    "cp": ("CP", "1x1, depthwise K x 1 and 1 x K, 1x1"),
 }
 
 
@@ -36,12 +36,14 @@ def layers(found: LowRank, limit: int | None = None) -> Table:
     largest = sorted(found.layers, key=lambda x: x.parameters_left - x.parameters)[:limit]
     shown = [x for x in found.layers if x in largest]
     timed = _timed(found)
-    titles = ["layer", "became", "#rank", "#parameters", "#MACs"]
+    titles = ["layer", "became", "#rank", "#parameters", "#MACs cut %"]
     titles += ["#predicted ms", "#chain ms"] if timed else []
     rows = tuple(_row(x, timed) for x in shown)
     notes = (
         [f"not listed: {text.count(len(found.layers) - len(shown), 'layer')}"] if len(shown) < len(found.layers) else []
     )
+    used = dict.fromkeys(x.form for x in shown)
+    notes += [f"{name}: {told}" for form, (name, told) in _FORMS.items() if form in used]
     if timed:
         notes.append(
             "predicted by the table of timed shapes; of a layer that stayed, the fastest chain that was on offer"
@@ -53,12 +55,10 @@ def _row(x: LowRankLayer, timed: bool) -> tuple[str, ...]:
     changed = x.form is not None
     cells = (
         text.clean(x.node),
-        _FORMS.get(x.form or "", "stays"),
+        _FORMS[x.form][0] if x.form in _FORMS else "stays",
         " x ".join(map(str, x.ranks)) if changed else "",
         f"{text.si(x.parameters)} -> {text.si(x.parameters_left)}" if changed else text.si(x.parameters),
-        text.MISSING if x.macs is None else (
-            f"{text.si(x.macs)} -> {text.si(x.macs_left)}" if changed else text.si(x.macs)
-        ),
+        text.cut(x.macs, x.macs_left) if changed and x.macs and x.macs_left is not None else "",
     )  # fmt: skip
     times = (text.MISSING if ms is None else f"{ms:.3g}" for ms in (x.predicted_ms, x.predicted_ms_chain))
     return (*cells, *times) if timed else cells

@@ -1,0 +1,235 @@
+"""`compile --low-rank`: what is asked for, what is handed over, and what the report says of it.
+
+Nothing is measured but where a test is about that: the device is another one than this machine (twofold.py).
+"""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from edgec.compiler import layers, trials
+from edgec.compiler import model as model_io
+from edgec.compiler.errors import BudgetError, UserError
+from edgec.compiler.latency.shapes import shapes
+from edgec.compiler.latency.table import Timed
+from edgec.compiler.options import Saving, parse_low_rank
+from edgec.compiler.pruning import latencies
+from edgec.compiler.report import html, serial, terminal
+from edgec.passes.cast_fp16 import CastFloat16
+from test_prune import timing
+from test_report import lines
+from twofold import alone, compiled, furnished, twofold
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("auto", Saving("auto", "params")),
+        ("30%", Saving("30% of the parameters", "params", (0.3,))),
+        ("macs:12.5%", Saving("12.5% of the MACs", "macs", (0.125,))),
+        ("latency:20%", Saving("20% of the latency", "latency", (0.2,))),
+    ],
+)
+def test_what_can_be_asked(given, asked):
+    assert parse_low_rank(given) == asked
+
+
+@pytest.mark.parametrize("given", ["", "30", "0%", "macs:auto", "rank:3"])
+def test_what_cannot_be_asked_says_what_can(given):
+    with pytest.raises(UserError) as caught:
+        parse_low_rank(given)
+    assert "--low-rank" in caught.value.where
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return furnished(tmp_path_factory.mktemp("low_rank"))
+
+
+@pytest.fixture(scope="module")
+def smaller(place):
+    return compiled(place, place / "small.edgec", low_rank="40%"), place / "small.edgec"
+
+
+def test_a_named_part_of_the_parameters_goes(smaller):
+    report, bundle = smaller
+    found = report.low_rank
+    assert found.kept and found.why == "factorized as asked" and found.candidate == "low rank 40%"
+    assert [a.name for a in report.attempts] == ["fp32", "low rank 40%"] and report.attempts[1].chosen
+    assert found.parameters_after <= 0.6 * found.parameters_before
+    model = model_io.load(bundle / "model.onnx")
+    assert model_io.parameters(model) == found.parameters_after
+    assert report.headline.startswith("Low-rank FP32") and "% fewer parameters" in report.headline
+    record = next(r for r in report.passes if r.name == "factorize")
+    assert record.modified and not record.exact and record.proof.error <= record.proof.tolerance
+    assert report.fidelity.outputs[0].sqnr_db > 10, "of 16 channels 8 differ"
+
+
+def test_the_report_shows_each_layer_and_comes_back(smaller):
+    report, _ = smaller
+    assert serial.from_json(json.loads(json.dumps(serial.to_json(report)))).low_rank == report.low_rank
+    changed = [x for x in report.low_rank.layers if x.form is not None]
+    assert changed and all(x.parameters_left < x.parameters for x in changed)
+    for shown in ("\n".join(lines(terminal.render, report, width=100)), html.render(report)):
+        assert "Low rank, asked for: 40% of the parameters" in " ".join(shown.split())
+        assert all(x.node in shown for x in changed)
+
+
+def test_integers_and_pruning_go_with_it(place, tmp_path):
+    report = compiled(place, tmp_path / "out", low_rank="30%", prune="30%", precision="int8")
+    assert report.low_rank.kept and report.pruning.kept and report.precision == "int8"
+    assert report.headline.startswith("Pruned low-rank INT8")
+    assert [r.name for r in report.passes if r.name in ("prune", "factorize", "quantize")] == [
+        "prune", "factorize", "quantize",
+    ]  # fmt: skip
+
+
+def test_for_size_the_smallest_that_holds_is_kept(place, tmp_path):
+    report = compiled(place, tmp_path / "out", low_rank="auto", goal="size", max_drop=20.0)
+    assert report.low_rank.kept and report.low_rank.why == "the smallest that holds the budget"
+    assert report.size_after_bytes < report.size_before_bytes
+
+
+def test_auto_says_why_nothing_pays_where_nothing_is_measured(place, tmp_path):
+    report = compiled(place, tmp_path / "out", low_rank="auto")
+    assert not report.low_rank.kept and "nothing is measured" in report.low_rank.why
+    assert [a.name for a in report.attempts] == ["fp32"] and "ow-rank" not in report.headline
+
+
+def test_where_no_chain_is_faster_nothing_is_done_and_both_times_are_shown(place, tmp_path, monkeypatch, by_shape):
+    """With times of reads times writes, chains of these small layers take longer than the layers."""
+    report = compiled(place, tmp_path / "out", low_rank="auto", device="local")
+    found = report.low_rank
+    assert not found.kept and "nothing was factorized" in found.why
+    timed = [x for x in found.layers if x.predicted_ms_chain is not None]
+    assert timed and all(x.form is None for x in found.layers)
+    assert "predicted ms" in "\n".join(lines(terminal.render, report, width=120))
+
+
+def test_without_images_or_a_target_it_says_what_to_do(place, tmp_path):
+    with pytest.raises(UserError, match="repaired on images"):
+        compiled(place, tmp_path / "out", low_rank="30%", calib=None)
+    with pytest.raises(UserError, match="latency is not measured"):
+        compiled(place, tmp_path / "out", low_rank="latency:20%")
+
+
+def test_a_network_without_such_layers(tmp_path):
+    alone(tmp_path, "g (float[N,6] x) => (float[N,6] y) { y = Relu (x) }", (40, 6))
+    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="30%")
+    assert not report.low_rank.kept and report.low_rank.layers == ()
+    assert layers.describe(model_io.load(tmp_path / "out" / "model.onnx")) == ()
+
+
+def test_the_other_way_round_a_factorized_network_is_pruned(place, smaller, tmp_path):
+    """Ranks are channels like others; each pass stays exact to what it is judged by."""
+    (tmp_path / "images").symlink_to(place / "images")
+    _, bundle = smaller
+    model_io.save(model_io.load(bundle / "model.onnx"), tmp_path / "model.onnx")
+    for extra in place.glob("model.preprocess*"):
+        (tmp_path / extra.name).write_text(extra.read_text())
+    report = compiled(tmp_path, tmp_path / "out", prune="30%")
+    assert report.pruning.kept and report.pruning.groups > 2, "ranks are groups of their own"
+    record = next(r for r in report.passes if r.name == "prune")
+    assert record.proof.error <= record.proof.tolerance
+    assert report.fidelity.outputs[0].sqnr_db > 5
+
+
+# ------------------------------------------------------------------------------------------- by time and size
+
+
+@pytest.fixture
+def by_weights(monkeypatch, tmp_path):
+    """Stand in for the stop-watch of layers: a layer takes what it reads times what it writes, all else nothing."""
+
+    def timed(models, feed, axes, **_):
+        found = []
+        for model in models:
+            rows = [
+                (s.family, *s.amounts({}), 1e-3 * np.prod(s.amounts({})) * s.family.startswith(("Conv", "Gemm")), 1)
+                for s in shapes(model, feed, axes)
+            ]
+            found.append(Timed(rows, sum(row[3] for row in rows)))
+        return found
+
+    monkeypatch.setattr(latencies, "time_networks", timed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # what other stop-watches said is kept
+
+
+def test_auto_keeps_the_fastest_choice_of_ranks_that_holds_the_budget(place, tmp_path, monkeypatch, by_weights):
+    speeds = {"low rank 20%": 1.2, "low rank": 1.4, "cut": 1.4}
+    monkeypatch.setattr(trials, "measure", timing(speeds))
+    report = compiled(place, tmp_path / "out", low_rank="auto", device="local", max_drop=50.0)
+    found = report.low_rank
+    assert found.kept and found.why.startswith("the fastest that holds the budget, of the choices of ranks")
+    assert found.candidate == report.attempts[1].name != "low rank 20% of the time"
+    assert all(t.predicted_speedup > 1 for t in found.tried) and len(found.tried) > 1
+    chosen = [x for x in found.layers if x.form is not None]
+    assert chosen and all(x.predicted_ms_chain < x.predicted_ms for x in chosen)
+    shown = " ".join("\n".join(lines(terminal.render, report, width=100)).split())
+    assert "Choices of ranks that were tried" in shown and "timed shapes" in shown
+    assert serial.from_json(json.loads(json.dumps(serial.to_json(report)))).low_rank == found
+
+
+def test_auto_factorizes_nothing_where_that_is_not_faster(place, tmp_path, monkeypatch, by_shape):
+    monkeypatch.setattr(trials, "measure", timing({"low rank": 0.9}))
+    report = compiled(place, tmp_path / "out", low_rank="auto", device="local", max_drop=50.0)
+    assert not report.low_rank.kept and [a.name for a in report.attempts] == ["fp32"]
+    assert report.low_rank.why.startswith("factorization does not pay here, and nothing was factorized (low rank")
+
+
+def test_a_part_of_the_latency_is_saved_until_it_is_measured(place, tmp_path, monkeypatch, by_shape):
+    """Ranks that are timed are of random numbers; what is handed over is fitted."""
+    monkeypatch.setattr(trials, "measure", timing({"low rank": 1.45}))
+    report = compiled(place, tmp_path / "out", low_rank="latency:30%", device="local", max_drop=50.0)
+    assert report.low_rank.kept and report.low_rank.why == "factorized as asked, by measured time"
+    assert report.low_rank.candidate == next(a.name for a in report.attempts if a.chosen)
+    assert report.low_rank.fitted.outputs[0].sqnr_db > 3
+
+
+def test_a_stated_latency_leads_the_ranks(place, tmp_path, monkeypatch, by_shape):
+    monkeypatch.setattr(trials, "measure", timing({"low rank": 2.0}))
+    given = {"low_rank": "auto", "device": "local", "max_drop": 50.0}
+    report = compiled(place, tmp_path / "as it is", max_latency_ms=1.0, **given)
+    assert "holds 1 ms as it is" in report.low_rank.why and [a.name for a in report.attempts] == ["fp32"]
+    report = compiled(place, tmp_path / "smaller", max_latency_ms=0.6, **given)
+    assert report.low_rank.kept and report.low_rank.why.endswith("for 0.6 ms in place of 1 ms")
+
+
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_a_stated_size_leads_the_ranks(place, tmp_path, asked):
+    """Asked for or not, where nothing else is as small."""
+    whole = compiled(place, tmp_path / "whole")
+    size, given = whole.size_after_bytes, {"low_rank": asked, "max_drop": 50.0}
+    report = compiled(place, tmp_path / "as it is", max_size_bytes=size, **given)
+    assert not (report.low_rank and report.low_rank.kept) and [a.name for a in report.attempts] == ["fp32"]
+    report = compiled(place, tmp_path / "smaller", max_size_bytes=int(0.8 * size), **given)
+    assert report.low_rank.kept and report.size_after_bytes <= 0.8 * size
+    assert report.low_rank.why.startswith("factorized to")
+    with pytest.raises(BudgetError, match="more than"):
+        compiled(place, tmp_path / "too small", max_size_bytes=1000, **given)
+
+
+# ------------------------------------------------------------------------------------------- other weights
+
+
+def test_float16_networks_stay_so(place, tmp_path):
+    model = compiled_model(place, tmp_path, CastFloat16({}))
+    report = compiled(tmp_path, tmp_path / "out", low_rank="30%")
+    assert report.low_rank.kept and report.fidelity.outputs[0].sqnr_db > 10
+    made = model_io.load(tmp_path / "out" / "model.onnx")
+    kinds = {node.inputs[1].const_value.dtype for node in made.graph if node.op_type in layers.LINEAR}
+    assert kinds == {ir.DataType.FLOAT16} and len(made.graph) > len(model.graph)
+
+
+def compiled_model(place, folder, *passes):
+    """The network of `place` after the exact passes and others, as a file in `folder` with the same images."""
+    from edgec.compiler import pipeline
+
+    model, _ = pipeline.run(twofold(), pipeline.exact_passes(), None)
+    model, _ = pipeline.run(model, list(passes), None)
+    model_io.save(model, folder / "model.onnx")
+    (folder / "images").symlink_to(place / "images")
+    for extra in place.glob("model.preprocess*"):
+        (folder / extra.name).write_text(extra.read_text())
+    return model
