@@ -23,14 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
 from . import cp, low_rank
 from .constants import Names, add_initializer, remove_unused, supplant
-from .low_rank import Factors
-from .metric import Metric, energy_of
+from .low_rank import Factors, Parted, Spectrum
+from .metric import Metric
 from .shapes import infer_shapes
 
 RULE = "factorize"
@@ -60,11 +61,7 @@ class Choice:
 
     def fitted(self, weight: np.ndarray, metrics: Sequence[Metric], sweeps: int = low_rank.SWEEPS) -> Chain:
         """Return the factors of a weight (groups, out, in, k…) that are best in the metric of what each group reads."""
-        seen = weight.astype(np.float64)
-        found = tuple(_FITS[self.form](w, h, self.ranks, sweeps) for w, h in zip(seen, metrics, strict=True))
-        energies = [energy_of(w, h) for w, h in zip(seen, metrics, strict=True)]
-        lost, whole = sum(f.error * e for f, e in zip(found, energies, strict=True)), sum(energies)
-        return Chain(self.form, found, lost / whole if whole > 0 else 0.0)
+        return fitted([self], weight, metrics, sweeps)[0]
 
     def weights(self, shape: Sequence[int]) -> int:
         """How many numbers the factors of a weight (groups, out, in, k…) have."""
@@ -92,6 +89,20 @@ def forms(shape: Sequence[int]) -> tuple[str, ...]:
     return _CONV if flat else ("svd", "channels", "tucker")
 
 
+def fitted(
+    choices: Sequence[Choice], weight: np.ndarray, metrics: Sequence[Metric], sweeps: int = low_rank.SWEEPS
+) -> list[Chain]:
+    """Return the chain of each choice; what several ranks of a form share is found once."""
+    seen = [_Matter(one, metric) for one, metric in zip(weight.astype(np.float64), metrics, strict=True)]
+    whole = sum(matter.energy for matter in seen)
+    chains = []
+    for choice in choices:
+        found = tuple(_FITS[choice.form](matter, choice.ranks, sweeps) for matter in seen)
+        lost = sum(f.error * matter.energy for f, matter in zip(found, seen, strict=True))
+        chains.append(Chain(choice.form, found, lost / whole if whole > 0 else 0.0))
+    return chains
+
+
 def composed(chain: Chain, shape: Sequence[int]) -> np.ndarray:
     """Return the weight (groups, out, in, k…), float64, that a chain stands for."""
     found: np.ndarray = np.stack([_composed(chain.form, factors.arrays) for factors in chain.groups])
@@ -109,18 +120,44 @@ def _composed(form: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.tensordot(arrays[0], found, 1) if form == "tucker" else found
 
 
-def _in_parts(weight: np.ndarray, rows: bool = False) -> np.ndarray:
-    """Return W (out, p, q): p the channels, with `rows` and the kernel's rows."""
-    out, ins = weight.shape[:2]
-    return weight.reshape(out, ins * weight.shape[2], -1) if rows else weight.reshape(out, ins, -1)
+@dataclass(frozen=True, eq=False)
+class _Matter:
+    """The weight (out, in, k…) of one group and its metric."""
+
+    weight: np.ndarray
+    metric: Metric
+
+    @cached_property
+    def energy(self) -> float:
+        return float(self.spectrum[0].sum())
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        return low_rank.spectrum(self.weight, self.metric)
+
+    @cached_property
+    def channels(self) -> Parted:
+        return self._parted(self.weight.shape[1])
+
+    @cached_property
+    def rows(self) -> Parted:
+        return self._parted(self.weight.shape[1] * self.weight.shape[2])
+
+    def _parted(self, p: int) -> Parted:
+        return Parted(self.weight.reshape(len(self.weight), p, -1), self.dense)
+
+    @property
+    def dense(self) -> np.ndarray:
+        assert isinstance(self.metric, np.ndarray), "of layers of few rows there is only svd"
+        return self.metric
 
 
-_FITS: Mapping[str, Callable[..., Factors]] = {
-    "svd": lambda w, h, ranks, _: low_rank.svd(w, low_rank.spectrum(w, h), ranks[0]),
-    "channels": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w), h, ranks[0], sweeps),
-    "spatial": lambda w, h, ranks, sweeps: low_rank.reduced(_in_parts(w, rows=True), h, ranks[0], sweeps),
-    "tucker": lambda w, h, ranks, sweeps: low_rank.tucker(_in_parts(w), h, ranks[0], ranks[1], sweeps),
-    "cp": lambda w, h, ranks, sweeps: cp.cp(w, h, ranks[0], sweeps=4 + 4 * sweeps),
+_FITS: Mapping[str, Callable[[_Matter, tuple[int, ...], int], Factors]] = {
+    "svd": lambda one, ranks, _: low_rank.svd(one.weight, one.spectrum, ranks[0]),
+    "channels": lambda one, ranks, sweeps: low_rank.reduced(one.channels, ranks[0], sweeps),
+    "spatial": lambda one, ranks, sweeps: low_rank.reduced(one.rows, ranks[0], sweeps),
+    "tucker": lambda one, ranks, sweeps: low_rank.tucker(one.channels, one.spectrum, ranks[0], ranks[1], sweeps),
+    "cp": lambda one, ranks, sweeps: cp.cp(one.weight, one.dense, ranks[0], sweeps=4 + 4 * sweeps),
 }
 
 # ------------------------------------------------------------------------------------------- which layers

@@ -29,10 +29,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from .metric import RIDGE, Metric, error_of
+from .metric import RIDGE, Metric
 
 #: Sweeps of alternating least squares, and steps of conjugate gradients within one.
 SWEEPS, _STEPS = 8, 12
@@ -62,13 +63,9 @@ def spectrum(weight: np.ndarray, metric: Metric) -> Spectrum:
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
-def svd_lost(weight: np.ndarray, known: Spectrum, judge: Metric | None = None) -> np.ndarray:
-    """Return the error energy of the best `svd` of rank 0, 1, …, out; in the metric `judge` of other images, if any."""
-    values, vectors = known
-    if judge is not None:
-        turned = vectors.T @ weight.reshape(len(weight), -1)
-        values = np.einsum("ri,ri->r", turned @ judge, turned)
-    lost: np.ndarray = np.concatenate([np.cumsum(values[::-1])[::-1], [0.0]])
+def svd_lost(known: Spectrum) -> np.ndarray:
+    """Return the error energy of the best `svd` of rank 0, 1, …, out."""
+    lost: np.ndarray = np.concatenate([np.cumsum(known[0][::-1])[::-1], [0.0]])
     return lost
 
 
@@ -86,47 +83,86 @@ def svd(weight: np.ndarray, known: Spectrum, rank: int) -> Factors:
 # ------------------------------------------------------------------------------------------- two parts of the inputs
 
 
-def reduced(weight: np.ndarray, metric: np.ndarray, rank: int, sweeps: int = SWEEPS) -> Factors:
-    """Return C (out, rank, q) and B (p, rank) of W (out, p, q), by alternating least squares."""
-    first = _start(weight, metric, rank)
-    core = _core(weight, metric, first)
+@dataclass(frozen=True, eq=False)
+class Parted:
+    """A weight W (out, p, q) and the metric H (p q)^2 of what it reads, with what several ranks share."""
+
+    weight: np.ndarray
+    metric: np.ndarray
+
+    @cached_property
+    def given(self) -> np.ndarray:
+        """W H, (out, p, q)."""
+        found: np.ndarray = (self.weight.reshape(len(self.weight), -1) @ self.metric).reshape(self.weight.shape)
+        return found
+
+    @cached_property
+    def energy(self) -> float:
+        """tr W H W'."""
+        return float(np.vdot(self.given, self.weight))
+
+    @cached_property
+    def roots(self) -> tuple[np.ndarray, np.ndarray]:
+        """The root of H's mean over q, (p, p), and its inverse where it has one."""
+        _, p, q = self.weight.shape
+        values, vectors = np.linalg.eigh(np.einsum("aqbq->ab", self.metric.reshape(p, q, p, q)) / q)
+        root = np.sqrt(np.maximum(values, 0.0))
+        inverse = np.where(root > 1e-10 * root.max(initial=0.0), 1 / np.maximum(root, 1e-300), 0.0)
+        return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """What B starts from: of any rank its first columns."""
+        return self._leading(self.weight)
+
+    def turned(self, last: np.ndarray) -> Parted:
+        """Return A'W in the same metric, for A (out, outputs)."""
+        found = Parted(np.tensordot(last.T, self.weight, 1), self.metric)
+        found.__dict__.update(given=np.tensordot(last.T, self.given, 1), roots=self.roots)
+        return found
+
+    def error(self, core: np.ndarray, first: np.ndarray) -> float:
+        """Return the relative error of C and B, from sums that are there already."""
+        _, rank, q = core.shape
+        flat = core.reshape(len(core), -1)
+        cross = np.vdot(np.einsum("opq,pr->orq", self.given, first, optimize=True), core)
+        lost = self.energy - 2 * float(cross) + float(np.vdot(flat @ _inner(self.metric, first), flat))
+        return max(lost, 0.0) / self.energy if self.energy > 0 else 0.0
+
+    def _leading(self, weight: np.ndarray) -> np.ndarray:
+        """Return the first eigenvectors along p, (p, p), with H's mean over q as the metric."""
+        root, inverse = self.roots
+        white = root @ weight.swapaxes(0, 1).reshape(len(root), -1)
+        left = np.linalg.eigh(white @ white.T)[1][:, ::-1]
+        found: np.ndarray = inverse @ left  # what the rows of W in this metric are projected on
+        return found
+
+
+def reduced(parted: Parted, rank: int, sweeps: int = SWEEPS) -> Factors:
+    """Return C (out, rank, q) and B (p, rank), by alternating least squares."""
+    first = np.linalg.qr(parted.start[:, :rank])[0]
+    core = _core(parted, first)
     for _ in range(sweeps):
-        first = np.linalg.qr(_first(weight, metric, core, first))[0]
-        core = _core(weight, metric, first)
-    return Factors(_balanced(core, first, metric), error_of(weight, _joined(core, first), metric))
+        first = np.linalg.qr(_first(parted, core, first))[0]
+        core = _core(parted, first)
+    return Factors(_balanced(core, first, parted.metric), parted.error(core, first))
 
 
-def tucker(weight: np.ndarray, metric: np.ndarray, outputs: int, inputs: int, sweeps: int = SWEEPS) -> Factors:
-    """Return A (out, outputs), C (outputs, inputs, q) and B (p, inputs) of W (out, p, q) (HOOI in the metric of H)."""
-    last = spectrum(weight, metric)[1][:, :outputs]
-    first = _start(np.tensordot(last.T, weight, 1), metric, inputs)
+def tucker(parted: Parted, known: Spectrum, outputs: int, inputs: int, sweeps: int = SWEEPS) -> Factors:
+    """Return A (out, outputs), C (outputs, inputs, q) and B (p, inputs) (HOOI in the metric of H; `known`: W's)."""
+    last = known[1][:, :outputs]
+    first = np.linalg.qr(parted.turned(last).start[:, :inputs])[0]
     for sweep in range(sweeps + 1):
-        whole = _core(weight, metric, first)
-        inner = _inner(metric, first)
-        last = spectrum(whole, inner)[1][:, :outputs]
+        whole = _core(parted, first)
+        last = spectrum(whole, _inner(parted.metric, first))[1][:, :outputs]
         core = np.tensordot(last.T, whole, 1)
         if sweep < sweeps:
-            target = np.tensordot(last.T, weight, 1)
-            first = np.linalg.qr(_first(target, metric, core, first))[0]
-    error = error_of(weight, np.tensordot(last, _joined(core, first), 1), metric)
-    core, first = _balanced(core, first, metric)
+            first = np.linalg.qr(_first(parted.turned(last), core, first))[0]
+    error = parted.error(np.tensordot(last, core, 1), first)
+    core, first = _balanced(core, first, parted.metric)
     strength = np.sqrt(np.linalg.norm(core.reshape(outputs, -1), axis=1))
     strength = np.where(strength > 0, strength, 1.0)
     return Factors((last * strength, core / strength[:, None, None], first), error)
-
-
-def _start(weight: np.ndarray, metric: np.ndarray, rank: int) -> np.ndarray:
-    """Return the first eigenvectors along p, (p, rank), with H's mean over q as the metric: orthonormal."""
-    _, p, q = weight.shape
-    mean = np.einsum("aqbq->ab", metric.reshape(p, q, p, q)) / q
-    values, vectors = np.linalg.eigh(mean)
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    along = weight.swapaxes(0, 1).reshape(p, -1)
-    white = root @ along
-    left = np.linalg.eigh(white @ white.T)[1][:, ::-1][:, :rank]
-    back = np.linalg.lstsq(root, left, rcond=1e-10)[0]  # what the rows of W in this metric are projected on
-    found: np.ndarray = np.linalg.qr(back)[0] if np.isfinite(back).all() else left
-    return found
 
 
 def _inner(metric: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -139,23 +175,19 @@ def _inner(metric: np.ndarray, first: np.ndarray) -> np.ndarray:
     return found
 
 
-def _core(weight: np.ndarray, metric: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _core(parted: Parted, first: np.ndarray) -> np.ndarray:
     """Return the best C (out, rank, q), B being given."""
-    p, rank = first.shape
-    out, _, q = weight.shape
-    given = (weight.reshape(out, -1) @ metric).reshape(out, p, q)
-    right = np.einsum("opq,pr->orq", given, first, optimize=True).reshape(out, rank * q)
-    inner = _inner(metric, first)
-    found: np.ndarray = solved_normal(inner, right.T).T.reshape(out, rank, q)
+    (out, _, q), rank = parted.weight.shape, first.shape[1]
+    right = np.einsum("opq,pr->orq", parted.given, first, optimize=True).reshape(out, rank * q)
+    found: np.ndarray = solved_normal(_inner(parted.metric, first), right.T).T.reshape(out, rank, q)
     return found
 
 
-def _first(weight: np.ndarray, metric: np.ndarray, core: np.ndarray, start: np.ndarray) -> np.ndarray:
+def _first(parted: Parted, core: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Return a better B (p, rank), C being given: conjugate gradients from `start`, so the error never rises."""
-    out, p, q = weight.shape
-    blocks, crossed = metric.reshape(p, q, p, q), np.tensordot(core, core, (0, 0))  # (rank, q, rank, q)
-    given = (weight.reshape(out, -1) @ metric).reshape(out, p, q)
-    right = np.einsum("opq,orq->pr", given, core, optimize=True)
+    _, p, q = parted.weight.shape
+    blocks, crossed = parted.metric.reshape(p, q, p, q), np.tensordot(core, core, (0, 0))  # (rank, q, rank, q)
+    right = np.einsum("opq,orq->pr", parted.given, core, optimize=True)
 
     def applied(b: np.ndarray) -> np.ndarray:
         spread = np.einsum("bs,rqst->brqt", b, crossed, optimize=True)
@@ -195,12 +227,6 @@ def _balanced(core: np.ndarray, first: np.ndarray, metric: np.ndarray) -> tuple[
     strength = np.where((made > 0) & (read > 0), np.sqrt(read / np.where(made > 0, made, 1.0)), 1.0)
     strength = np.where(strength > 0, strength, 1.0)
     return turned / strength[:, None], (first @ turn) * strength
-
-
-def _joined(core: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Return V (out, p, q)."""
-    found: np.ndarray = np.einsum("orq,pr->opq", core, first, optimize=True)
-    return found
 
 
 def solved_normal(normal: np.ndarray, right: np.ndarray, pull: float = RIDGE) -> np.ndarray:

@@ -46,11 +46,24 @@ class Sums(ABC):
     def metrics(self) -> list[Metric]:
         """Return the norm of each group's weight that these rows stand for (passes/metric.py)."""
 
+    @abstractmethod
+    def as_they_are(self) -> list[Metric]:
+        """Return X'X of each group, not shrunk: what these rows alone say."""
+
 
 def sums(layout: Layout, rows: int) -> Sums:
-    """Return what so many rows of a layer are added to: the rows themselves are kept where these are fewer numbers."""
-    few = layout.wide or (layout.groups == 1 and 2 * rows < layout.inputs)
-    return FewMoments(layout) if few else Moments(layout)
+    """Return what so many rows of a layer are added to.
+
+    Of a wide layer the rows themselves are kept; and of a matrix that has fewer rows than inputs, whose only form of
+    low rank takes no Gram matrix.
+    """
+    few = layout.is_matrix and 2 * rows < layout.inputs
+    return FewMoments(layout) if few or layout.wide else Moments(layout)
+
+
+def judging(layout: Layout, rows: int) -> Sums:
+    """Return what so many rows of a layer are added to that errors are measured on."""
+    return FewMoments(layout) if 2 * rows < layout.inputs or layout.wide else Moments(layout)
 
 
 class Moments(Sums):
@@ -111,12 +124,16 @@ class Moments(Sums):
         """Return the metric of each group."""
         return [metric.shrunk(gram, self.rows) for gram in self.gram()]
 
+    def as_they_are(self) -> list[Metric]:
+        """Return X'X of each group."""
+        return list(self.gram())
+
     def _about(self, one: np.ndarray, other: np.ndarray) -> np.ndarray | float:
         return one[:, :, None] * other[:, None, :] / max(self.rows, 1) if self.layout.biased else 0.0
 
 
 class FewMoments(Sums):
-    """The rows themselves, in float32, of a layer of one group that has fewer of them than inputs."""
+    """The rows themselves, in float32: of a layer that has fewer of them than inputs, or of which few are wanted."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
@@ -127,32 +144,36 @@ class FewMoments(Sums):
         """Add rows (groups, rows, in) and (groups, rows, out)."""
         self.rows += x.shape[1]
         self.energy += float(np.vdot(y, y))
-        self._x.append(x[0].astype(np.float32))
-        self._y.append(y[0].astype(np.float32))
+        self._x.append(x.astype(np.float32))
+        self._y.append(y.astype(np.float32))
 
     def shift(self, weight: np.ndarray) -> np.ndarray:
         """Return what a bias lacks."""
-        x, y = (np.concatenate(rows).mean(axis=0, dtype=np.float64) for rows in (self._x, self._y))
-        found: np.ndarray = y - weight[0] @ x
+        x, y = (np.concatenate(rows, axis=1).mean(axis=1, dtype=np.float64) for rows in (self._x, self._y))
+        found: np.ndarray = (y - (weight @ x[:, :, None])[..., 0]).reshape(-1)
         return found
 
     def owed(self, weight: np.ndarray) -> np.ndarray:
         """Return (Y - X V')'X."""
         x = self._about(self._x)
-        found: np.ndarray = ((self._about(self._y) - x @ weight[0].T).T @ x)[None]
+        found: np.ndarray = (self._about(self._y) - x @ weight.swapaxes(1, 2)).swapaxes(1, 2) @ x
         return found
 
     def lost(self, error: np.ndarray) -> float:
         """Return |X D'|^2."""
-        return float(np.square(self._about(self._x) @ error[0].T).sum())
+        return float(np.square(self._about(self._x) @ error.swapaxes(1, 2)).sum())
 
     def metrics(self) -> list[Metric]:
         """Return the metric of each group."""
-        return [metric.shrunk_rows(self._about(self._x))]
+        return [metric.shrunk_rows(x) for x in self._about(self._x)]
+
+    def as_they_are(self) -> list[Metric]:
+        """Return X'X of each group."""
+        return [metric.FewRows(x, 0.0) for x in self._about(self._x)]
 
     def _about(self, rows: list[np.ndarray]) -> np.ndarray:
-        every = np.concatenate(rows).astype(np.float64)
-        return every - every.mean(axis=0) if self.layout.biased else every
+        every = np.concatenate(rows, axis=1).astype(np.float64)
+        return every - every.mean(axis=1, keepdims=True) if self.layout.biased else every
 
 
 class Kept:

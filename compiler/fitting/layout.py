@@ -46,6 +46,11 @@ class Layout:
         return self.inputs > MOST_INPUTS
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the layer has no kernel: Gemm, MatMul, or a Conv of single positions."""
+        return self.spatial is None or math.prod(self.spatial[0]) == 1
+
+    @property
     def most(self) -> int:
         """How many rows are summed up, or kept, at most."""
         return max(1, _KEPT // self.inputs) if self.wide else max(ROWS, ROWS_PER_INPUT * self.inputs)

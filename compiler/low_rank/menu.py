@@ -17,9 +17,9 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from ...passes import chain_noise, factorize, low_rank
+from ...passes import chain_noise, factorize
 from ...passes.factorize import Chain, Choice
-from ...passes.low_rank import Factors, Spectrum
+from ...passes.low_rank import Factors
 from ...passes.metric import Metric, energy_of
 from .. import layers
 from .. import model as model_io
@@ -40,6 +40,8 @@ _SWEEPS = 0
 _WIDE = 600
 #: Ranks under twice this are any number.
 _LEAST = 4
+#: Rows of held-out images that judge a layer.
+_JUDGES = 1024
 #: The part of the energy that a layer loses when its effect at the outputs is measured.
 _PROBED = 0.02
 
@@ -73,20 +75,6 @@ class Seen:
         """That of its output on the images that judge."""
         return sum(energy_of(w, h) for w, h in zip(self.weight, self.judges, strict=True))
 
-    @cached_property
-    def spectra(self) -> list[Spectrum]:
-        """What `svd` is made of, in each group."""
-        return [low_rank.spectrum(w, h) for w, h in zip(self.weight, self.metrics, strict=True)]
-
-    def svd(self, rank: int) -> Chain:
-        """Return the chain of that form, of this rank."""
-        found = (low_rank.svd(w, known, rank) for w, known in zip(self.weight, self.spectra, strict=True))
-        return Chain("svd", tuple(found), math.nan)
-
-    def fitted(self, choice: Choice) -> Chain:
-        """Return the chain of a choice, good enough to say what it errs by."""
-        return self.svd(choice.ranks[0]) if choice.form == "svd" else choice.fitted(self.weight, self.metrics, _SWEEPS)
-
     def lost(self, other: np.ndarray) -> float:
         """Return the energy of the error of another weight in its place, on the images that judge."""
         return sum(energy_of(w - v, h) for w, v, h in zip(self.weight, other, self.judges, strict=True))
@@ -116,13 +104,15 @@ def seen(
         assert not isinstance(layout, str), layout
         x, y = stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
         images, rows = sum(map(len, x)), layout.rows_of(y)
-        fit, judge = gram.sums(layout, rows), gram.sums(layout, rows)
-        for one, wanted, judges in zip(x, y, apart, strict=True):
-            most = math.ceil(layout.most * len(one) / images)
-            (judge if judges else fit).add(*layout.rows(one, wanted, most, rng))
-        judge = judge if judge.rows else fit
+        fit, judge, judged = gram.sums(layout, rows), gram.judging(layout, _JUDGES), max(1, sum(apart))
+        for one, wanted, held in zip(x, y, apart, strict=True):
+            if held:
+                judge.add(*layout.rows(one, wanted, -(-_JUDGES // judged), rng))
+            else:
+                fit.add(*layout.rows(one, wanted, math.ceil(layout.most * len(one) / images), rng))
         progress("reading the layers", done + 1, len(nodes))
-        yield Seen(node, factorize.as_groups(node, array), fit.metrics(), judge.metrics(), judge.rows)
+        judges = judge.as_they_are() if judge.rows else fit.metrics()
+        yield Seen(node, factorize.as_groups(node, array), fit.metrics(), judges, judge.rows or fit.rows)
 
 
 def objection(node: ir.Node) -> str | None:
@@ -197,58 +187,32 @@ def menu(
     for layer in seen(model, feeds, seed=seed, threads=threads, progress=progress):
         if deadline is not None and time.monotonic() >= deadline:
             break
-        offered = choices(layer.weight.shape, multiple)
-        energy = layer.energy
-        amplified = _amplified(model, layer, probe, offered) / energy if energy > 0 else 0.0
-        kept = 0.0 if integers is None else layer.lost(_rounded_groups(layer.weight, integers))
+        shape, offered = layer.weight.shape, choices(layer.weight.shape, multiple)
+        chains = factorize.fitted(offered, layer.weight, layer.metrics, _SWEEPS)
+        lost = [layer.lost(factorize.composed(chain, shape)) for chain in chains]
+        amplified = _amplified(model, layer, probe, chains, lost) / max(layer.energy, 1e-300)
+        kept = 0.0
+        if integers is not None:
+            kept = layer.lost(np.stack([chain_noise.rounded(one, integers) for one in layer.weight]))
+            lost = [chain_noise.energy(c, layer.weight, layer.judges, layer.rows, integers) for c in chains]
         items = [Item(None, amplified * kept, layer.weight.size, layers.macs(layer.node) or 0)]
-        for choice, lost in _lost(layer, offered, integers):
-            items.append(Item(choice, amplified * lost, choice.weights(layer.weight.shape), 0))
+        items += [Item(c, amplified * e, c.weights(shape), 0) for c, e in zip(offered, lost, strict=True)]
         found[name_of(layer.node)] = items
     return found
 
 
-def _lost(layer: Seen, offered: Sequence[Choice], integers: int | None) -> Iterator[tuple[Choice, float]]:
-    """Yield what each choice loses of the layer's output, on the images that judge."""
-    by_rank = np.zeros(1)
-    if integers is None and any(choice.form == "svd" for choice in offered):
-        of_groups = zip(layer.weight, layer.spectra, layer.judges, strict=True)
-        by_rank = np.sum([low_rank.svd_lost(*group) for group in of_groups], axis=0)
-    for choice in offered:
-        if choice.form == "svd" and integers is None:
-            yield choice, float(by_rank[choice.ranks[0]])
-        elif integers is None:
-            yield choice, layer.lost(factorize.composed(layer.fitted(choice), layer.weight.shape))
-        else:
-            yield choice, chain_noise.energy(layer.fitted(choice), layer.weight, layer.judges, layer.rows, integers)
+def _amplified(model: ir.Model, layer: Seen, probe: Probe, chains: Sequence[Chain], lost: Sequence[float]) -> float:
+    """Return what the outputs' relative error is, over that of the layer's output, for a small change of its kind.
 
-
-def _rounded_groups(weight: np.ndarray, most: int) -> np.ndarray:
-    return np.stack([chain_noise.rounded(one, most) for one in weight])
-
-
-def _amplified(model: ir.Model, layer: Seen, probe: Probe, offered: Sequence[Choice]) -> float:
-    """Return what the outputs' relative error is, over that of the layer's output, for a small change of its kind."""
-    whole = layer.energy
-    changed = _slightly_less(layer, offered) if offered and whole > 0 else None
-    lost = 0.0 if changed is None else layer.lost(changed)
-    if changed is None or lost <= 0:
+    That is a step towards the chain that loses least, but enough to measure.
+    """
+    whole, order = layer.energy, sorted(range(len(chains)), key=lambda i: lost[i])
+    if not order or whole <= 0 or lost[order[-1]] <= 0:
         return 0.0
-    return probe.error(with_weights(model, {name_of(layer.node): changed})) / (lost / whole)
-
-
-def _slightly_less(layer: Seen, offered: Sequence[Choice]) -> np.ndarray | None:
-    """Return the weight without its least components: about `_PROBED` of what it gives."""
-    lost = np.sum([low_rank.svd_lost(w, known) for w, known in zip(layer.weight, layer.spectra, strict=True)], axis=0)
-    errors = lost / max(float(lost[0]), 1e-300)
-    rank = int(np.argmax(errors <= _PROBED))
-    while rank and errors[rank] <= 1e-12:
-        rank -= 1
-    choice = Choice("svd", (rank,)) if rank else min(offered, key=lambda c: c.weights(layer.weight.shape))
-    less = factorize.composed(layer.fitted(choice), layer.weight.shape)
-    part = layer.lost(less) / max(layer.energy, 1e-300)
-    found: np.ndarray = layer.weight + min(1.0, math.sqrt(_PROBED / max(part, 1e-300))) * (less - layer.weight)
-    return found
+    i = next((i for i in order if lost[i] >= _PROBED * whole), order[-1])
+    step = min(1.0, math.sqrt(_PROBED * whole / lost[i]))
+    changed = layer.weight + step * (factorize.composed(chains[i], layer.weight.shape) - layer.weight)
+    return probe.error(with_weights(model, {name_of(layer.node): changed})) / (step**2 * lost[i] / whole)
 
 
 def with_weights(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
