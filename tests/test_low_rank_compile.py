@@ -233,3 +233,19 @@ def compiled_model(place, folder, *passes):
     for extra in place.glob("model.preprocess*"):
         (folder / extra.name).write_text(extra.read_text())
     return model
+
+
+def test_channels_and_ranks_are_tried_alone_and_together(place, tmp_path, monkeypatch, by_weights):
+    """Each with half of the budget where both are left to auto; the fastest of all is handed over."""
+    monkeypatch.setattr(trials, "measure", timing({"pruned 20%": 1.2, "pruned": 1.3, "low rank": 1.1, "cut": 1.5}))
+    report = compiled(place, tmp_path / "out", prune="auto", low_rank="auto", device="local", max_drop=50.0)
+    assert report.pruning is not None and report.low_rank is not None
+    assert report.pruning.kept and report.low_rank.kept and report.low_rank.candidate.startswith("pruned")
+    assert report.headline.startswith("Pruned low-rank FP32")
+
+
+def test_what_is_not_handed_over_says_so(place, tmp_path, monkeypatch, by_weights):
+    monkeypatch.setattr(trials, "measure", timing({"low rank": 0.9, "pruned": 1.3, "cut": 1.5}))
+    report = compiled(place, tmp_path / "out", prune="auto", low_rank="auto", device="local", max_drop=50.0)
+    assert report.pruning.kept and not report.low_rank.kept
+    assert "nothing was factorized" in report.low_rank.why and report.headline.startswith("Pruned FP32")

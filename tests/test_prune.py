@@ -193,7 +193,7 @@ def timing(speeds):
     def measure(this, candidates, *, seconds=0.0):
         found = {"original": Measurement("original", "local", 1.0)}
         for i, one in enumerate(candidates):
-            speed = next((s for name, s in speeds.items() if one.name.startswith(name)), 1.0)
+            speed = next((s for name, s in speeds.items() if name in one.name), 1.0)
             ends = {} if i == 0 else {"speedup": speed, "speedup_low": 0.99 * speed, "speedup_high": 1.01 * speed}
             found[one.name] = Measurement(one.name, "local", 1.0 / speed, **ends)
         return found
