@@ -84,7 +84,7 @@ def _half(form: str, shape: tuple[int, ...]) -> Choice | None:
 
 def parts(path: Path, calib: Path, held_out: Path, pre: str | None, saved: list[str], threads: int) -> None:
     """Print what each part costs."""
-    heads = ("asked for", "parameters saved %", "MACs saved %", "chains", "speed-up (95 %)", "figure")
+    heads = ("asked for", "parameters saved %", "MACs saved %", "chains", "speed-up (95 %)", "foretold", "figure")
     heads += ("points lost (95 %)", "SQNR dB", "s")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for part in saved:
@@ -104,9 +104,11 @@ def parts(path: Path, calib: Path, held_out: Path, pre: str | None, saved: list[
             sum(n or 0 for n in found) for found in zip(*((x.macs, x.macs_left) for x in r.layers), strict=True)
         )
         speed = "" if m.speedup is None else f"{m.speedup:.2f}x ({m.speedup_low:.2f} to {m.speedup_high:.2f})"
+        foretold = "" if r.predicted_speedup is None else f"{r.predicted_speedup:.2f}x"
         print(
             f"| {part} | {100 * (1 - r.parameters_after / r.parameters_before):.1f} | {100 * (1 - after / before):.1f} "
-            f"| {sum(x.form is not None for x in r.layers)} of {len(r.layers)} | {speed} | {f.metric} {f.value:.2f} "
+            f"| {sum(x.form is not None for x in r.layers)} of {len(r.layers)} | {speed} | {foretold} "
+            f"| {f.metric} {f.value:.2f} "
             f"| {f.drop:+.2f} ({f.drop_low:+.2f} to {f.drop_high:+.2f}) | {f.outputs[0].sqnr_db:.1f} | {seconds:.0f} |",
             flush=True,
         )

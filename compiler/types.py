@@ -637,8 +637,9 @@ class LowRank:
     """What `--low-rank` came to: what was asked, what was kept and why.
 
     Where something was factorized (`kept`), `candidate` is the row of the attempts that has its latency, and `fitted`
-    is it beside the original on the images to judge by; None without such images. `tried` are the choices of ranks that
-    raced the whole network.
+    is it beside the original on the images to judge by; None without such images. `predicted_speedup` is what the
+    table of timed shapes foretold of it, as it will be delivered; `tried` are the choices of ranks that raced the whole
+    network.
     """
 
     asked: str
@@ -650,6 +651,7 @@ class LowRank:
     parameters_before: int | None = None
     parameters_after: int | None = None
     fitted: Fidelity | None = None
+    predicted_speedup: float | None = None
     tried: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
 

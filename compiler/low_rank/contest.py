@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..candidates import Candidate
 from ..pruning.latencies import Delivery
 from ..race import Entry, Words
-from .kitchen import Chosen, Kitchen, cost_of
+from .kitchen import Chosen, Kitchen
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,4 @@ class Ranks:
         made = (self.kitchen.stand_in if fast else self.kitchen.made)(proposal, name)
         if isinstance(made, str):
             return made
-        layers = self.kitchen.menu
-        saved = sum(cost_of(layers[name][0], "ms") - cost_of(item, "ms") for name, item in proposal.items())
-        whole = self.kitchen.whole("ms")
-        return Entry(made, Made(name, proposal, None if fast else made), whole / max(whole - saved, 1e-9))
+        return Entry(made, Made(name, proposal, None if fast else made), self.kitchen.foretold(proposal))

@@ -155,6 +155,7 @@ def _summary(kitchen: Kitchen, request: Saving, found: _Found, candidate: Candid
         parameters_before=model_io.parameters(kitchen.model),
         parameters_after=None if candidate is None else model_io.parameters(candidate.model),
         fitted=None if candidate is None else judged.get(candidate.name),
+        predicted_speedup=None if candidate is None else kitchen.foretold(chosen),
         tried=found.trials,
         notes=kitchen.notes,
     )

@@ -101,6 +101,14 @@ class Kitchen:
             return float(model_io.parameters(self.model))
         return self.total(kind) if kind == "macs" else self.prices.whole_ms or 0.0
 
+    def foretold(self, chosen: Chosen) -> float | None:
+        """Return how many times as fast as it is the network is foretold to be; None where nothing was timed."""
+        whole = self.prices.whole_ms
+        if whole is None:
+            return None
+        saved = sum(cost_of(self.menu[name][0], "ms") - cost_of(item, "ms") for name, item in chosen.items())
+        return whole / max(whole - saved, 1e-9)
+
     def faster(self) -> dict[str, list[Item]]:
         """Return the menu without chains that are not foretold to be faster than their layers."""
         return {

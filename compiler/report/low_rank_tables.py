@@ -88,6 +88,8 @@ def _measured(report: Report, found: LowRank) -> list[str]:
         between = text.interval(tried.speedup_low, tried.speedup_high, 2)
         notes.append(f"measured in floats: {text.ms(tried.median_ms)} a call, speed-up {text.ratio(tried.speedup)}, "
                      f"95 % interval {between}")  # fmt: skip
+    if found.predicted_speedup is not None:
+        notes.append(f"foretold of its layers, as it will be delivered: {text.ratio(found.predicted_speedup)}")
     f = found.fitted
     if f is not None and f.drop is not None:
         name = text.METRICS.get(f.metric, text.clean(f.metric))
