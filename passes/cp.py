@@ -21,6 +21,8 @@ from .metric import error_of
 
 #: Pull of the factors to 0, relative to the mean diagonal of their normal matrices.
 _PULL = 1e-4
+#: What is left of it in the end, if A grows by no more than this factor.
+_FREE, _GROWN = 1e-10, 1.5
 
 
 def cp(weight: np.ndarray, metric: np.ndarray, rank: int, *, sweeps: int = 4 * SWEEPS, seed: int = 0) -> Factors:
@@ -34,7 +36,7 @@ def cp(weight: np.ndarray, metric: np.ndarray, rank: int, *, sweeps: int = 4 * S
     first = _alternated(weight, metric, start, sweeps)
     blind = _alternated(weight, np.eye(len(metric)), start, sweeps)
     second = _alternated(weight, metric, list(blind.arrays), sweeps)
-    return min(first, second, key=lambda found: found.error)
+    return _settled(weight, metric, min(first, second, key=lambda found: found.error))
 
 
 def _alternated(weight: np.ndarray, metric: np.ndarray, start: Sequence[np.ndarray], sweeps: int) -> Factors:
@@ -53,6 +55,16 @@ def _alternated(weight: np.ndarray, metric: np.ndarray, start: Sequence[np.ndarr
         if error < best[0]:
             best = (error, tuple(m.copy() for m in modes))
     return Factors(best[1], best[0])
+
+
+def _settled(weight: np.ndarray, metric: np.ndarray, found: Factors) -> Factors:
+    """Return the factors with A solved for once more without the pull, unless A grows by that."""
+    last, *others = found.arrays
+    parts = _spread(others, weight.shape[1:])
+    free = solved_normal(parts.T @ metric @ parts, parts.T @ metric @ weight.reshape(len(weight), -1).T, _FREE).T
+    error = error_of(weight, _composed([free, *others]), metric)
+    grows = np.linalg.norm(free) > _GROWN * np.linalg.norm(last)
+    return found if grows or error >= found.error else Factors((free, *others), error)
 
 
 def _leading(weight: np.ndarray, mode: int, rank: int, rng: np.random.Generator) -> np.ndarray:

@@ -48,10 +48,10 @@ def ranks_of(form, rank, shape):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_full_rank_gives_the_layer_back(form):
-    """To the ridge of the normal equations (1e-6); cp, whose factors are pulled to 0, to a thousandth."""
+    """To the ridge of the normal equations."""
     weight, h = layer()
     chain = fit(Choice(form, ranks_of(form, None, weight[None].shape)), weight, h)
-    assert chain.error < (1e-3 if form == "cp" else 1e-6)
+    assert chain.error < 1e-6
     found = factorize.composed(chain, weight[None].shape)[0]
     assert metric.error_of(weight, found, h) == pytest.approx(chain.error, abs=1e-9)
 
@@ -267,12 +267,13 @@ def test_a_chain_gives_what_the_weight_that_it_stands_for_gives(name, form):
         assert len(model.graph) == 1, "the model itself stays"
 
 
-@pytest.mark.parametrize(("name", "form"), [case for case in CASES if case[1] != "cp"])
+@pytest.mark.parametrize(("name", "form"), CASES)
 def test_a_chain_of_full_rank_is_the_layer(name, form):
+    """To float32's sums; cp, which is iterated, to a thousandth of the largest output."""
     model, node = built(name)
     found = factorize.factorized(model, {node.name: chain_of(node, form, None)})
     for y, z in zip(outputs_of(found), outputs_of(model), strict=True):
-        assert np.abs(y - z).max() <= 1e-4 * np.abs(z).max()
+        assert np.abs(y - z).max() <= (1e-3 if form == "cp" else 1e-4) * np.abs(z).max()
 
 
 def test_half_floats_stay_half_floats():
