@@ -100,13 +100,11 @@ def parts(path: Path, calib: Path, held_out: Path, pre: str | None, saved: list[
         if not r.kept or r.parameters_before is None or r.parameters_after is None:
             print(f"| {part} | {r.why} |{' |' * (len(heads) - 2)}", flush=True)
             continue
-        before, after = (
-            sum(n or 0 for n in found) for found in zip(*((x.macs, x.macs_left) for x in r.layers), strict=True)
-        )
         speed = "" if m.speedup is None else f"{m.speedup:.2f}x ({m.speedup_low:.2f} to {m.speedup_high:.2f})"
+        macs = 100 * (1 - (r.macs_after or 0) / r.macs_before) if r.macs_before else math.nan
         foretold = "" if r.predicted_speedup is None else f"{r.predicted_speedup:.2f}x"
         print(
-            f"| {part} | {100 * (1 - r.parameters_after / r.parameters_before):.1f} | {100 * (1 - after / before):.1f} "
+            f"| {part} | {100 * (1 - r.parameters_after / r.parameters_before):.1f} | {macs:.1f} "
             f"| {sum(x.form is not None for x in r.layers)} of {len(r.layers)} | {speed} | {foretold} "
             f"| {f.metric} {f.value:.2f} "
             f"| {f.drop:+.2f} ({f.drop_low:+.2f} to {f.drop_high:+.2f}) | {f.outputs[0].sqnr_db:.1f} | {seconds:.0f} |",

@@ -73,7 +73,7 @@ def _explored(
     if low_rank_by is not None:
         from .low_rank.factorized import low_rank  # scipy: heavy
 
-        low = low_rank(this, base, work, low_rank_by)
+        low = low_rank(this, base, work, low_rank_by, None if before is None else before.attempt)
         base = low.base
     if before is not None and base is baseline:
         return replace(before, cut=cut, low=low)
@@ -132,9 +132,10 @@ def _remedies(this: Job, attempt: Attempt) -> list[Requests]:
     if this.images is None:
         return []
     if limit is not None and ms is not None and ms > limit:
-        return [(Saving("auto"), None), (None, Saving("auto", "params"))]
+        asked = "what --max-latency needs"
+        return [(Saving(asked), None), (None, Saving(asked, "params"))]
     most = this.options.budget.max_size_bytes
-    return [(None, Saving("auto", "params"))] if most is not None and attempt.size_bytes > most else []
+    return [(None, Saving("what --max-size needs", "params"))] if most is not None and attempt.size_bytes > most else []
 
 
 def _better(one: Explored, other: Explored) -> Explored:
@@ -182,7 +183,9 @@ def _no_faster(whole: Explored, cut: Explored) -> str | None:
     """Return why the best of the cut network is not handed over: the best of the whole one is as fast."""
     both = [replace(one.chosen, name=name) for name, one in (("whole", whole), ("cut", cut))]
     found = trials.measure(cut.this, both, seconds=trials.SECONDS)["cut"]
-    if found.speedup_low is None or found.speedup_low > guard.MARGIN:
+    if found.speedup_low is None:
+        return "nothing is measured, and the whole network holds what was asked for"
+    if found.speedup_low > guard.MARGIN:
         return None
     speed = text.ratio(found.speedup)
     return f"it does not pay here: the best of the smaller network is {speed} as fast as the best otherwise"

@@ -184,6 +184,9 @@ class Race(Generic[Proposal, What]):
             least = min(reaching, key=lambda found: found[0])[1]
             return Chosen(least.what, f"{words.done} as asked, by measured time", tuple(rows))
         speed, one = max(short, key=lambda found: found[0])
+        if speed <= guard.MARGIN:
+            why = f"no {words.one} was measured to be faster (the best of {len(rows)}: {speed:.2f}x)"
+            return Chosen(None, f"{why}, and nothing was {words.done}", tuple(rows))
         why = f"{speed:.2f}x is what {words.several} were measured to give, {wanted:.2f}x was asked for"
         return Chosen(one.what, why, tuple(rows))
 

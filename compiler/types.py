@@ -650,6 +650,8 @@ class LowRank:
     refusals: tuple[Refusal, ...] = ()
     parameters_before: int | None = None
     parameters_after: int | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
     fitted: Fidelity | None = None
     predicted_speedup: float | None = None
     tried: tuple[Trial, ...] = ()

@@ -170,7 +170,9 @@ def objection(node: ir.Node) -> str | None:
         return "its weight is computed at run time"
     if node.op_type == "ConvTranspose":
         return "there is no form for ConvTranspose"
-    if len(weight.uses()) > 1 or weight.is_graph_output() or weight.is_graph_input():
+    if weight.is_graph_output() or weight.is_graph_input():
+        return "its weight is an input or output of the network"
+    if len(weight.uses()) > 1:
         return "its weight is shared"
     if len(weight.const_value.shape) < 2 or (node.op_type == "MatMul" and len(weight.const_value.shape) != 2):
         return "its weight is no matrix"
@@ -223,8 +225,9 @@ def _replace(graph: ir.Graph, node: ir.Node, chain: Chain, names: Names) -> None
     for i, (array, attributes) in enumerate(links):
         last = i == len(links) - 1
         name = names.fresh(f"{node.name}_{chain.form}{i}")
-        stored = ir.tensor(np.ascontiguousarray(array).astype(dtype.numpy()), name=f"{name}_weight")
-        inputs = [value, add_initializer(graph, f"{name}_weight", stored), *(node.inputs[2:] if last else ())]
+        called = names.fresh(f"{name}_weight")
+        stored = ir.tensor(np.ascontiguousarray(array).astype(dtype.numpy()), name=called)
+        inputs = [value, add_initializer(graph, called, stored), *(node.inputs[2:] if last else ())]
         if last and node.op_type == "Gemm" and "beta" in node.attributes:
             attributes = [*attributes, node.attributes["beta"]]
         made.append(ir.Node("", node.op_type, inputs, attributes, name=node.name if last else name))

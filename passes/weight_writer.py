@@ -100,7 +100,10 @@ def added_bias(node: ir.Node) -> tuple[ir.Node, int] | None:
 
 def takes_shift(node: ir.Node) -> bool:
     """Say whether a linear node's output can be shifted, per channel, by a bias that it has or may be given."""
-    return node.op_type != "MatMul" or added_bias(node) is not None
+    if node.op_type == "MatMul":
+        return added_bias(node) is not None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return bias is None or (bias.const_value is not None and not bias.is_graph_input())
 
 
 def round_to_nearest(

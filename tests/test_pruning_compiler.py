@@ -128,11 +128,12 @@ def test_the_ridge_is_the_best_of_those_on_held_out_images(monkeypatch):
 @pytest.mark.parametrize(("count", "batch"), [(3, 24), (15, 1), (2, 3)])
 def test_each_image_is_fitted_to_or_held_out_once(count, batch):
     data = [{"x": np.arange(i * batch, (i + 1) * batch)[:, None]} for i in range(count)]
-    pieces, flags = split(data, seed=0)
+    model = zoo.model("g (float[N,1] x) => (float[N,1] y) { y = Relu (x) }")
+    pieces, flags = split(model, data, seed=0)
     assert sorted(np.concatenate([piece["x"][:, 0] for piece in pieces])) == list(range(count * batch))
     assert sum(len(p["x"]) for p, flag in zip(pieces, flags, strict=True) if flag) == count * (batch // 5) or batch == 1
     assert batch > 1 or sum(flags) == count // 5
-    again, _ = split(data, seed=0)
+    again, _ = split(model, data, seed=0)
     assert all((a["x"] == b["x"]).all() for a, b in zip(pieces, again, strict=True))
 
 

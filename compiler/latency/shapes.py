@@ -53,19 +53,24 @@ def name_of(node: ir.Node) -> str:
     return node.name or node.outputs[0].name or node.op_type
 
 
-def shapes(model: ir.Model, feed: Mapping[str, np.ndarray], axes: Mapping[str, int] | None = None) -> tuple[Shape, ...]:
-    """Return the shape of each node of the main graph that computes on `feed`, in the graph's order.
-
-    `axes`: along which axis a tensor may be cut, by its name; that of channels if not named. Nodes whose lengths
-    remain unknown (they depend on more than the inputs' shapes) are left out. The model stays.
-    """
+def on_input(model: ir.Model, feed: Mapping[str, np.ndarray]) -> ir.Model:
+    """Return a twin of the model with the shapes that its tensors have on this input, as far as they are known."""
     twin = model.clone()
     for value in twin.graph.inputs:
         if value.name and value.name in feed:
             value.shape = ir.Shape(feed[value.name].shape)
     twin.graph.outputs.clear()  # their declared shapes would stay as they are
     infer_shapes(twin)
-    found = (_shape(node, axes or {}) for node in twin.graph)
+    return twin
+
+
+def shapes(model: ir.Model, feed: Mapping[str, np.ndarray], axes: Mapping[str, int] | None = None) -> tuple[Shape, ...]:
+    """Return the shape of each node of the main graph that computes on `feed`, in the graph's order.
+
+    `axes`: along which axis a tensor may be cut, by its name; that of channels if not named. Nodes whose lengths
+    remain unknown (they depend on more than the inputs' shapes) are left out. The model stays.
+    """
+    found = (_shape(node, axes or {}) for node in on_input(model, feed).graph)
     return tuple(shape for shape in found if shape is not None)
 
 
@@ -79,11 +84,15 @@ def _shape(node: ir.Node, axes: Mapping[str, int]) -> Shape | None:
     if node.op_type in LINEAR and len(reads) == 1:
         facts, axis = _of_layer(node, known[reads[0]], known[writes[0]])
         amounts = {value: float(lengths[axis]) for value, lengths in known.items()}
+        placed = [key for key in _PLACED if key != "kernel_shape"]  # a layer's family has it already
     else:
         places = _positions(known[writes[0]], axes.get(writes[0].name or ""))
         facts = {"of": len(reads), "at": places}
         amounts = {value: math.prod(lengths) / max(math.prod(places), 1) for value, lengths in known.items()}
-    facts |= {key: _text(node.attributes[key]) for key in _PLACED if key in node.attributes}
+        placed = list(_PLACED)
+    facts |= {key: _text(node.attributes[key]) for key in placed if key in node.attributes}
+    if reads[0].dtype == ir.DataType.FLOAT16:
+        facts["type"] = "float16"
     facts["read by"] = "+".join(sorted(_readers(writes[0]))) or "output"
     family = " ".join([node.op_type, *(f"{key}={value}" for key, value in facts.items())])
     ports = [tuple(Port(v.name or "", amounts[v]) for v in values) for values in (reads, writes)]

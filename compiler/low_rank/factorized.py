@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from .. import model as model_io
 from .. import race, trials
 from ..candidates import Candidate
+from ..pruning.latencies import FLOATS
 from ..race import Race
-from ..types import LowRank, LowRankLayer
+from ..types import Attempt, LowRank, LowRankLayer
 from .contest import Made, Ranks
-from .kitchen import Chosen, Kitchen, is_faster
+from .kitchen import Chosen, Kitchen
 from .menu import Item, refusals
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 #: Parts of the parameters that `--low-rank auto --for size` tries to save.
 AUTO = (0.1, 0.2, 0.35)
-#: How often a stated size is aimed at.
-_AIMS = 4
+#: How often a stated size is aimed at; a little below it, since what is fitted may be rounded otherwise, and how near.
+_AIMS, _SLACK, _CLOSE = 12, 0.99, 0.95
 
 _Found = race.Chosen[Made]
 
@@ -46,11 +47,11 @@ class Factorized:
     summary: LowRank
 
 
-def low_rank(this: Job, base: Candidate, work: Path, request: Saving) -> Factorized:
-    """Factorize the model of `base`. There must be images."""
+def low_rank(this: Job, base: Candidate, work: Path, request: Saving, whole: Attempt | None = None) -> Factorized:
+    """Factorize the model of `base`. There must be images. `whole` is the best of the network as it is, if explored."""
     fast = request.kind == "latency" or this.options.goal == "latency"
     kitchen = Kitchen.of(this, base, work, timed=this.target is not None and fast)
-    found = _chosen(kitchen, request)
+    found = _chosen(kitchen, request, whole)
     made = found.what
     candidate = None if made is None else made.candidate or kitchen.made(made.chosen, made.name)
     if isinstance(candidate, str):
@@ -59,19 +60,26 @@ def low_rank(this: Job, base: Candidate, work: Path, request: Saving) -> Factori
     return Factorized(candidate or base, () if candidate is None else (candidate,), summary)
 
 
-def _chosen(kitchen: Kitchen, request: Saving) -> _Found:
+def _chosen(kitchen: Kitchen, request: Saving, whole: Attempt | None) -> _Found:
     this, budget = kitchen.this, kitchen.this.options.budget
     if not kitchen.menu:
-        return race.Chosen(None, "no layer of the model can be a chain of smaller ones")
+        late = "there was no time to look at any layer" if this.seconds_left == 0 else None
+        return race.Chosen(None, late or "no layer of the model can be a chain of smaller ones")
     if request.saved and request.kind != "latency":
         return _named(kitchen, request)
+    if not request.saved and budget.max_size_bytes is not None:
+        if whole is None or whole.size_bytes > budget.max_size_bytes:
+            return _sized(kitchen, budget.max_size_bytes, whole)
+        if budget.max_latency_ms is None:
+            return race.Chosen(
+                None, f"{_kilobytes(whole.size_bytes)} hold what was asked for, and nothing was factorized"
+            )
     if not request.saved and this.options.goal == "size":
         return _smallest(kitchen)
-    if not request.saved and budget.max_size_bytes is not None:
-        return _sized(kitchen, budget.max_size_bytes)
+    if this.target is None:
+        return race.Chosen(None, f"nothing can be shown to pay where nothing is measured ({this.not_measured})")
     if not kitchen.timed:
-        why = this.not_measured or "the times of layers are not believed"
-        return race.Chosen(None, f"nothing can be shown to pay where nothing is measured ({why})")
+        return race.Chosen(None, "the times of layers are not believed, and nothing was factorized")
     contest = Race(this, Ranks(kitchen), kitchen.base)
     if request.saved:
         return contest.part(request.saved[0])
@@ -81,7 +89,7 @@ def _chosen(kitchen: Kitchen, request: Saving) -> _Found:
 def _named(kitchen: Kitchen, request: Saving) -> _Found:
     (saved,) = request.saved
     name = kitchen.called(f"low rank {100 * saved:.3g}%")
-    if not kitchen.total(request.kind):
+    if not kitchen.whole(request.kind):
         why = "what the layers cost is not known (shapes are dynamic): --low-rank 30% counts parameters"
         return race.Chosen(None, why)
     chosen = kitchen.chosen(request.kind, saved, quick=True) if kitchen.timed else None
@@ -95,25 +103,40 @@ def _named(kitchen: Kitchen, request: Saving) -> _Found:
     return race.Chosen(Made(name, chosen), f"factorized as asked{slower}")
 
 
-def _sized(kitchen: Kitchen, limit: int) -> _Found:
-    """Save as many parameters as it takes for the file, as it will be delivered, to be that small; no more."""
-    size = model_io.size_bytes(kitchen.run.delivered(kitchen.base).path)
-    if size <= limit:
-        return race.Chosen(None, f"the whole network takes {size / 1e3:.4g} kB as it is, and nothing was factorized")
-    part, best = 1 - limit / size, None
+def _sized(kitchen: Kitchen, limit: int, whole: Attempt | None) -> _Found:
+    """Save as few parameters as it takes for the file to be that small, in the precision that the whole network is in.
+
+    The part is bisected on files with numbers of no meaning, which are as large; what repair adds is there already.
+    """
+    run = kitchen.run if whole is None or whole.precision != "fp32" else FLOATS
+    size = model_io.size_bytes(run.delivered(kitchen.base).path)
+    low, high, best = 0.0, 1.0, None
+    part = min(max(1 - limit / size, 0.01), 0.99)
     for _ in range(_AIMS):
         chosen = kitchen.chosen("params", part, quick=False) or kitchen.cheapest("params")
-        made = Made(kitchen.called(f"low rank {100 * part:.3g}%"), chosen)
+        made = Made(kitchen.called(f"low rank {100 * part:.4g}%"), chosen)
         one = kitchen.stand_in(chosen, made.name)
         if isinstance(one, str):
-            return race.Chosen(None, one)
-        found = model_io.size_bytes(kitchen.run.delivered(one).path)
-        best = made
-        if found <= limit or chosen == kitchen.cheapest("params"):
-            break
-        part += 1.01 * (found - limit) / size
-    held = "" if found <= limit else f", which {limit / 1e3:.4g} kB asked for and no choice of ranks gives"
-    return race.Chosen(best, f"factorized to {found / 1e3:.4g} kB in place of {size / 1e3:.4g} kB{held}")
+            low, part = part, (part + high) / 2
+            continue
+        found = model_io.size_bytes(run.delivered(one).path)
+        if found <= _SLACK * limit:
+            best, high = (made, found), part
+            if found >= _CLOSE * limit:
+                break
+        elif chosen == kitchen.cheapest("params"):
+            why = f"no choice of ranks is as small as {_kilobytes(limit)}: the smallest has {_kilobytes(found)}"
+            return race.Chosen(made, why)
+        else:
+            low = part
+        part = (low + high) / 2 if high < 1 else min(part + max(1.05 * (found - limit) / size, 0.01), 0.99)
+    if best is None:
+        return race.Chosen(None, f"no choice of ranks was found that is as small as {_kilobytes(limit)}")
+    return race.Chosen(best[0], f"factorized to {_kilobytes(best[1])} in place of {_kilobytes(size)}")
+
+
+def _kilobytes(count: int) -> str:
+    return f"{count / 1e3:.4g} kB"
 
 
 def _smallest(kitchen: Kitchen) -> _Found:
@@ -132,13 +155,17 @@ def _smallest(kitchen: Kitchen) -> _Found:
     most = this.options.budget.max_drop
     holding = [one for one in found if (drop := drops.get(one.name)) is not None and drop <= most]
     if not holding:
-        return race.Chosen(None, f"each that was tried loses more than {most:g} points, or was not judged")
+        lost = f"each that was tried loses more than {most:g} points, or was not judged"
+        return race.Chosen(None, lost if found else "no choice of ranks is smaller by a tenth")
     smallest = min(holding, key=lambda one: sum(item.params for item in one.chosen.values()))
     return race.Chosen(smallest, "the smallest that holds the budget")
 
 
 def _slower(kitchen: Kitchen, chosen: Chosen) -> int:
-    return sum(i.choice is not None and not is_faster(i, kitchen.menu[name][0]) for name, i in chosen.items())
+    before = {name: items[0].ms for name, items in kitchen.menu.items()}
+    return sum(
+        i.choice is not None and i.ms is not None and i.ms > (before[name] or i.ms) for name, i in chosen.items()
+    )
 
 
 def _summary(kitchen: Kitchen, request: Saving, found: _Found, candidate: Candidate | None) -> LowRank:
@@ -154,11 +181,18 @@ def _summary(kitchen: Kitchen, request: Saving, found: _Found, candidate: Candid
         refusals=refusals(kitchen.model),
         parameters_before=model_io.parameters(kitchen.model),
         parameters_after=None if candidate is None else model_io.parameters(candidate.model),
+        macs_before=kitchen.prices.whole_macs,
+        macs_after=None if candidate is None else _macs_after(kitchen, chosen),
         fitted=None if candidate is None else judged.get(candidate.name),
         predicted_speedup=None if candidate is None else kitchen.foretold(chosen),
         tried=found.trials,
         notes=kitchen.notes,
     )
+
+
+def _macs_after(kitchen: Kitchen, chosen: Chosen) -> int | None:
+    before = kitchen.prices.whole_macs
+    return None if before is None else before - sum(kitchen.menu[name][0].macs - i.macs for name, i in chosen.items())
 
 
 def _row(name: str, items: Sequence[Item], item: Item) -> LowRankLayer:

@@ -5,18 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...passes import factorize
+from ...passes.constants import Names, remove_unused
+from ...passes.weight_writer import takes_shift
 from .. import job
 from .. import model as model_io
 from ..candidates import Candidate, save
 from ..fitting.layerwise import is_layer
+from ..latency.shapes import name_of
 from ..proof import Prover
 from ..pruning.cutting import multiple_of
 from ..pruning.images import repair_feeds
+from ..pruning.importance import axes_of
 from ..pruning.latencies import Delivery, delivery
+from ..pruning.repair import shift_bias
 from ..types import PassRecord
 from .allocation import allocate
 from .menu import Item, groups_of, menu, refusals, stand_in
@@ -24,7 +32,6 @@ from .prices import Prices, priced
 from .repair import fitted
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
 
     from ..job import Job
@@ -99,7 +106,7 @@ class Kitchen:
         """Return what the network costs as it is, with what is not on the menu."""
         if kind == "params":
             return float(model_io.parameters(self.model))
-        return self.total(kind) if kind == "macs" else self.prices.whole_ms or 0.0
+        return float(self.prices.whole_macs or 0) if kind == "macs" else self.prices.whole_ms or 0.0
 
     def foretold(self, chosen: Chosen) -> float | None:
         """Return how many times as fast as it is the network is foretold to be; None where nothing was timed."""
@@ -116,12 +123,28 @@ class Kitchen:
             for name, items in self.menu.items()
         }
 
+    @cached_property
+    def biased(self) -> ir.Model:
+        """The model with the biases that repair will add, of zeros."""
+        twin, names = model_io.copy(self.model), Names.of(self.model)
+        old = list(twin.graph.initializers.values())
+        for node in list(twin.graph):
+            if is_layer(node, half=True) and takes_shift(node):
+                assert node.inputs[1] is not None and node.inputs[1].const_value is not None
+                outs = node.inputs[1].const_value.shape.numpy()[axes_of(node)[1]]
+                each = node.attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
+                shift_bias(twin.graph, node, np.zeros(outs * each), names)
+        remove_unused(old)
+        return twin
+
     def chosen(self, kind: str, saved: float, quick: bool) -> Chosen | None:
         """Return an item for each layer so that the part is saved; None where it cannot be.
 
         With `quick`, of chains that are foretold to be faster only.
         """
         limit = self.total(kind) - saved * self.whole(kind)
+        if kind == "params":
+            limit -= model_io.parameters(self.biased) - self.whole(kind)
         return allocate(self.faster() if quick else self.menu, lambda item: cost_of(item, kind), limit)
 
     def cheapest(self, kind: str) -> Chosen:
@@ -131,7 +154,7 @@ class Kitchen:
 
     def stand_in(self, chosen: Chosen, name: str) -> Candidate | str:
         """Return a network as fast, and as large, as one with these chains, of random numbers."""
-        nodes = {node.name: node for node in self.model.graph}
+        nodes = {name_of(node): node for node in self.model.graph}
         chains = {}
         for layer, choice in _choices(chosen).items():
             weight = nodes[layer].inputs[1]
@@ -139,7 +162,7 @@ class Kitchen:
             chains[layer] = stand_in(choice, groups_of(nodes[layer], tuple(weight.const_value.shape.numpy())))
         if not chains:
             return "no layer becomes smaller"
-        found = factorize.factorized(self.model, chains)
+        found = factorize.factorized(self.biased, chains)
         return save(Candidate(name, "fp32", self.work / f"{_stem(name)}-stand-in.onnx", found))
 
     def made(self, chosen: Chosen, name: str) -> Candidate | str:

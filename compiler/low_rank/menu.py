@@ -42,6 +42,8 @@ _WIDE = 600
 _LEAST = 4
 #: Rows of held-out images that judge a layer.
 _JUDGES = 1024
+#: With fewer of them, those that the factors are made for judge as well.
+_FEWEST = 16
 #: The part of the energy that a layer loses when its effect at the outputs is measured.
 _PROBED = 0.02
 
@@ -93,7 +95,7 @@ def seen(
 
     Without `held_out`, all images are there to fit to, and to judge.
     """
-    batches, apart = split(feeds, seed) if held_out else (feeds, [False] * len(feeds))
+    batches, apart = split(model, feeds, seed) if held_out else (feeds, [False] * len(feeds))
     stream, rng = Stream(model, batches, threads), np.random.default_rng(seed)
     nodes = [node for node in model.graph if is_layer(node, half=True) and objection(node) is None]
     for done, node in enumerate(nodes):
@@ -111,8 +113,9 @@ def seen(
             else:
                 fit.add(*layout.rows(one, wanted, math.ceil(layout.most * len(one) / images), rng))
         progress("reading the layers", done + 1, len(nodes))
-        judges = judge.as_they_are() if judge.rows else fit.metrics()
-        yield Seen(node, factorize.as_groups(node, array), fit.metrics(), judges, judge.rows or fit.rows)
+        metrics, enough = fit.metrics(), judge.rows >= _FEWEST
+        judges, count = (judge.as_they_are(), judge.rows) if enough else (metrics, fit.rows)
+        yield Seen(node, factorize.as_groups(node, array), metrics, judges, count)
 
 
 def objection(node: ir.Node) -> str | None:
@@ -212,7 +215,8 @@ def _amplified(model: ir.Model, layer: Seen, probe: Probe, chains: Sequence[Chai
     i = next((i for i in order if lost[i] >= _PROBED * whole), order[-1])
     step = min(1.0, math.sqrt(_PROBED * whole / lost[i]))
     changed = layer.weight + step * (factorize.composed(chains[i], layer.weight.shape) - layer.weight)
-    return probe.error(with_weights(model, {name_of(layer.node): changed})) / (step**2 * lost[i] / whole)
+    error = probe.error(with_weights(model, {name_of(layer.node): changed}))
+    return error / (step**2 * lost[i] / whole) if error > 0 else 1.0  # nothing is seen of it: all layers count alike
 
 
 def with_weights(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:

@@ -1,8 +1,9 @@
 """What the items on a menu cost in multiply-accumulates and, where a target is at hand, in milliseconds.
 
 Every item is a chain in one network: the i-th network has the i-th choice of each layer, as random numbers of the right
-shapes. Their nodes' MACs are counted; some of the networks are timed side by side as they will run, and the table of
-shapes (latency/table.py) foretells the rest. Shapes that were timed before are not timed again.
+shapes, whose nodes' MACs are counted. Networks that have each form of each layer at its highest and at its lowest rank
+are timed side by side as they will run, and the table of shapes (latency/table.py) foretells the ranks in between.
+Shapes that were timed before are not timed again.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from ...passes import factorize
 from .. import job, layers
-from ..latency.shapes import Shape, name_of, shapes
+from ..latency.shapes import Shape, name_of, on_input, shapes
 from ..latency.table import LatencyTable
 from ..pruning.latencies import Delivery, table_of
 from .menu import Item, groups_of, stand_in
@@ -23,44 +25,47 @@ from .menu import Item, groups_of, stand_in
 if TYPE_CHECKING:
     from ..job import Job
 
-#: Networks that are timed beside the whole one.
-_TIMED = 9
-
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """A menu with what its items cost; where milliseconds are known, those of the whole network, and their misfit."""
+    """A menu with what its items cost, and what the whole network does: with layers that are on no menu.
+
+    MACs are None where those of some layer are not known; milliseconds, and their misfit, where nothing was timed.
+    """
 
     menu: Mapping[str, Sequence[Item]]
+    whole_macs: int | None = None
     whole_ms: float | None = None
     misfit: float | None = None
 
     def without_times(self) -> Prices:
         """Return the same without milliseconds."""
-        return Prices({name: [replace(item, ms=None) for item in items] for name, items in self.menu.items()})
+        menu = {name: [replace(item, ms=None) for item in items] for name, items in self.menu.items()}
+        return Prices(menu, self.whole_macs)
 
 
 def priced(this: Job, model: ir.Model, menu: Mapping[str, Sequence[Item]], run: Delivery | None) -> Prices:
     """Return the menu with MACs and, where it is said how networks will `run`, milliseconds."""
-    networks = [_network(model, menu, i) for i in range(1, max((len(items) for items in menu.values()), default=1))]
-    feed = job.one_input(this)
+    feed, most = job.one_input(this), max((len(items) for items in menu.values()), default=1)
+    networks = [_network(model, {n: i for n, items in menu.items() if i < len(items)}, menu) for i in range(1, most)]
     shaped = [{shape.node: shape for shape in shapes(network, feed)} for network in (model, *networks)]
     table = None
     if run is not None and networks:
-        chosen = networks[:: -(-len(networks) // _TIMED)]
-        table = table_of(this, [model, *chosen], feed, {}, run)
-    counted = [_macs(network) for network in (model, *networks)]
+        table = table_of(this, [model, *(_network(model, plan, menu) for plan in plans(menu))], feed, {}, run)
+    counted = [macs_of(network, feed) for network in (model, *networks)]
     found: dict[str, list[Item]] = {}
     for name, items in menu.items():
         found[name] = []
         for i, item in enumerate(items):
             nodes = nodes_of(name, item)
-            macs = sum(counted[i].get(node, 0) for node in nodes)
+            macs = sum(counted[i].get(node) or 0 for node in nodes)
             found[name].append(replace(item, macs=macs, ms=_ms(table, shaped[i], nodes)))
+    every = list(counted[0].values())
+    total = None if any(macs is None for macs in every) else sum(macs or 0 for macs in every)
     if table is None:
-        return Prices(found)
+        return Prices(found, total)
     whole = table.call_ms + sum(table.ms(shape.family, *shape.amounts({})) or 0.0 for shape in shaped[0].values())
-    return Prices(found, whole, table.misfit)
+    return Prices(found, total, whole, table.misfit)
 
 
 def nodes_of(layer: str, item: Item) -> list[str]:
@@ -71,11 +76,24 @@ def nodes_of(layer: str, item: Item) -> list[str]:
     return [*(f"{layer}_{item.choice.form}{i}" for i in range(links - 1)), layer]
 
 
-def _network(model: ir.Model, menu: Mapping[str, Sequence[Item]], i: int) -> ir.Model:
+def plans(menu: Mapping[str, Sequence[Item]]) -> list[dict[str, int]]:
+    """Return which item of each layer is in which network: of each form the highest rank and the lowest."""
+    ends: dict[str, list[int]] = {}
+    for name, items in menu.items():
+        by_form: dict[str, list[int]] = {}
+        for i, item in enumerate(items):
+            if item.choice is not None:
+                by_form.setdefault(item.choice.form, []).append(i)
+        ends[name] = list(dict.fromkeys(i for found in by_form.values() for i in (found[0], found[-1])))
+    count = max(map(len, ends.values()), default=0)
+    return [{name: found[i % len(found)] for name, found in ends.items() if found} for i in range(count)]
+
+
+def _network(model: ir.Model, plan: Mapping[str, int], menu: Mapping[str, Sequence[Item]]) -> ir.Model:
     nodes = {name_of(node): node for node in model.graph}
     chains = {}
-    for name, items in menu.items():
-        choice = items[i].choice if i < len(items) else None
+    for name, i in plan.items():
+        choice = menu[name][i].choice
         if choice is not None:
             weight = nodes[name].inputs[1]
             assert weight is not None and weight.const_value is not None
@@ -83,8 +101,10 @@ def _network(model: ir.Model, menu: Mapping[str, Sequence[Item]], i: int) -> ir.
     return factorize.factorized(model, chains)
 
 
-def _macs(network: ir.Model) -> dict[str, int]:
-    return {name_of(node): layers.macs(node) or 0 for node in network.graph if node.op_type in layers.LINEAR}
+def macs_of(network: ir.Model, feed: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+    """Return the MACs of each linear node on this input; None of those whose shapes remain unknown."""
+    twin = on_input(network, feed)
+    return {name_of(node): layers.macs(node) for node in twin.graph if node.op_type in layers.LINEAR}
 
 
 def _ms(table: LatencyTable | None, found: Mapping[str, Shape], nodes: Sequence[str]) -> float | None:

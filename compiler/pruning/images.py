@@ -26,14 +26,17 @@ def repair_feeds(model: ir.Model, images: Folder, *, threads: int = 0) -> list[M
     return calibration_feeds(model, images, memory=MEMORY if is_large(model) else SMALL_MEMORY, threads=threads)
 
 
-def split(feeds: Sequence[Mapping[str, np.ndarray]], seed: int) -> tuple[list[Mapping[str, np.ndarray]], list[bool]]:
+def split(
+    model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], seed: int
+) -> tuple[list[Mapping[str, np.ndarray]], list[bool]]:
     """Return the images in other batches, and which of these are held out: a fifth of each batch.
 
-    Where every batch is one image, a fifth of the batches.
+    Where every batch is one image, or the model takes no other batch, a fifth of the batches.
     """
     rng = np.random.default_rng(seed)
     counts = [len(next(iter(feed.values()))) for feed in feeds]
-    if max(counts) == 1:
+    declared = [v.shape[0] for v in model.graph.inputs if v.name in feeds[0] and v.shape is not None and len(v.shape)]
+    if max(counts) == 1 or any(isinstance(batch, int) for batch in declared):
         chosen = set(rng.permutation(len(feeds))[: len(feeds) // HELD_OUT].tolist())
         return list(feeds), [i in chosen for i in range(len(feeds))]
     pieces: list[Mapping[str, np.ndarray]] = []

@@ -66,11 +66,15 @@ class Delivery:
         return save(Candidate(one.name, one.precision, path, self.make(one.model), judged=one.path))
 
 
+#: What runs in floats as it is.
+FLOATS = Delivery("fp32", lambda model: model)
+
+
 def delivery(this: Job) -> Delivery:
     """Return the precision that cuts are made for: integers wherever they will be tried, else floats."""
     scheme = job.quant_scheme(this)
     if scheme is None or scheme.activation is None:
-        return Delivery("fp32", lambda model: model)
+        return FLOATS
     supports = this.backend.supports
 
     def quantized(model: ir.Model) -> ir.Model:

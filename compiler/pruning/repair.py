@@ -69,7 +69,7 @@ def repaired(
     last = {branch.layer for branch in branches}
     inside = {name for branch in branches for name in branch.nodes} - last
 
-    batches, held_out = split(feeds, seed)
+    batches, held_out = split(model, feeds, seed)
 
     settled: set[str] = set()
     makers = makers and not is_large(model)

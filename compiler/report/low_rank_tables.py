@@ -69,11 +69,10 @@ def _timed(found: LowRank) -> bool:
 
 
 def _sizes(found: LowRank) -> tuple[tuple[str, ...], ...]:
-    macs = [(x.macs, x.macs_left) for x in found.layers]
-    known = None not in [before for before, _ in macs]
-    pairs = {"parameters": (found.parameters_before, found.parameters_after)}
-    if known:
-        pairs["MACs"] = (sum(a or 0 for a, _ in macs), sum(b or 0 for _, b in macs))
+    pairs = {
+        "parameters": (found.parameters_before, found.parameters_after),
+        "MACs": (found.macs_before, found.macs_after),
+    }
     return tuple(
         (name, text.si(before), text.si(after), text.cut(before, after))
         for name, (before, after) in pairs.items()

@@ -305,8 +305,9 @@ def _proof_meaning(records: Sequence[PassRecord]) -> tuple[str, ...]:
 
 def left_alone(report: Report) -> tuple[Refusal, ...]:
     """Every node that kept its form, once: refusals, then layers left in float."""
-    channels = () if report.pruning is None else report.pruning.refusals
-    found = dict.fromkeys((*report.refusals, *(r for record in report.passes for r in record.refusals), *channels))
+    smaller = [found.refusals for found in (report.pruning, report.low_rank) if found is not None]
+    of_passes = (record.refusals for record in report.passes)
+    found = dict.fromkeys(r for refused in (report.refusals, *of_passes, *smaller) for r in refused)
     named = {r.node for r in found}
     layers = (x for x in floats(report) if x.reason and x.node not in named)
     return (*found, *(Refusal(x.node, "layer-in-float", x.reason or "") for x in layers))
