@@ -13,10 +13,13 @@ from edgec.compiler import model as model_io
 from edgec.compiler.errors import BudgetError, UserError
 from edgec.compiler.latency.shapes import shapes
 from edgec.compiler.latency.table import Timed
+from edgec.compiler.low_rank.menu import Item
+from edgec.compiler.low_rank.prices import plans
 from edgec.compiler.options import Saving, parse_low_rank
 from edgec.compiler.pruning import latencies
-from edgec.compiler.report import html, serial, terminal
+from edgec.compiler.report import html, serial, tables, terminal
 from edgec.passes.cast_fp16 import CastFloat16
+from edgec.passes.factorize import Choice
 from test_prune import timing
 from test_report import lines
 from twofold import alone, compiled, furnished, twofold
@@ -249,3 +252,121 @@ def test_what_is_not_handed_over_says_so(place, tmp_path, monkeypatch, by_weight
     report = compiled(place, tmp_path / "out", prune="auto", low_rank="auto", device="local", max_drop=50.0)
     assert report.pruning.kept and not report.low_rank.kept
     assert "nothing was factorized" in report.low_rank.why and report.headline.startswith("Pruned FP32")
+
+
+# ------------------------------------------------------------------------------------------- unusual networks
+
+
+def test_what_was_factorized_is_factorized_again(place, smaller, tmp_path):
+    """The names of the first chains are taken."""
+    _, bundle = smaller
+    (tmp_path / "images").symlink_to(place / "images")
+    model_io.save(model_io.load(bundle / "model.onnx"), tmp_path / "model.onnx")
+    report = compiled(tmp_path, tmp_path / "out", low_rank="20%")
+    assert report.low_rank.kept and report.low_rank.parameters_after <= 0.8 * report.low_rank.parameters_before
+
+
+def test_a_bias_that_is_computed_stays(tmp_path):
+    text = """g (float[N,12] x) => (float[N,16] y) <float[12,16] w, float[12,16] v> {
+        h = MatMul (x, v)
+        t = Tanh (h)
+        y = Gemm (x, w, t)
+    }"""
+    alone(tmp_path, text, (80, 12))
+    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="15%")
+    made = model_io.load(tmp_path / "out" / "model.onnx")
+    assert report.low_rank.kept and any(node.op_type == "Tanh" and node.outputs[0].uses() for node in made.graph)
+    assert report.fidelity.outputs[0].sqnr_db > 5
+
+
+@pytest.mark.parametrize("count", [4, 6, 9])
+def test_few_images_do_not_make_everything_look_free(tmp_path, count):
+    """One row that is held out, about its own mean, is nothing."""
+    alone(tmp_path, TWO_LAYERS, (count, 24))
+    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="30%")
+    found = report.low_rank
+    assert found.kept and 0.3 <= 1 - found.parameters_after / found.parameters_before < 0.5
+
+
+def test_what_no_float_output_shows_counts_alike(tmp_path):
+    text = TWO_LAYERS.replace("float[N,12] y", "int64[N,1] y").replace("y = Gemm", "z = Gemm")
+    alone(tmp_path, text.replace("}", "y = ArgMax <axis = 1> (z) }"), (60, 24))
+    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="30%")
+    found = report.low_rank
+    assert found.kept and 0.3 <= 1 - found.parameters_after / found.parameters_before < 0.5
+
+
+def test_a_fixed_batch_stays_whole(tmp_path):
+    text = """g (float[8,24] x) => (float[8,4,12] y) <float[24,48] w> {
+        h = MatMul (x, w)
+        r = Relu (h)
+        s = Constant <value_ints = [8, 4, 12]> ()
+        y = Reshape (r, s)
+    }"""
+    alone(tmp_path, text, (64, 24))
+    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="30%")
+    assert report.low_rank.kept
+
+
+def test_macs_are_those_of_the_whole_network(tmp_path):
+    """Also of what can be no chain: a ConvTranspose."""
+    text = """g (float[N,4,10,10] x) => (float[N,a,b,c] y) <float[8,4,3,3] w, float[8,4,4,4] v> {
+        h = Conv <pads = [1,1,1,1]> (x, w)
+        y = ConvTranspose <strides = [2,2]> (h, v)
+    }"""
+    alone(tmp_path, text, (40, 4, 10, 10))
+    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="macs:10%")
+    found = report.low_rank
+    assert found.macs_before == 100 * 8 * 4 * 9 + 100 * 8 * 4 * 16
+    assert found.kept and found.macs_after <= 0.9 * found.macs_before
+    assert any("ConvTranspose" in refusal.why for refusal in tables.left_alone(report))
+    report = compiled(tmp_path, tmp_path / "too much", calib=tmp_path / "samples", low_rank="macs:40%")
+    assert not report.low_rank.kept and report.low_rank.why == "no choice of ranks saves that much"
+
+
+TWO_LAYERS = """g (float[N,24] x) => (float[N,12] y) <float[40,24] w, float[40] b, float[12,40] v, float[12] c> {
+    h = Gemm <transB = 1> (x, w, b)
+    r = Relu (h)
+    y = Gemm <transB = 1> (r, v, c)
+}"""
+
+
+# ------------------------------------------------------------------------------------------- several budgets
+
+
+@pytest.mark.parametrize("part", [0.9, 0.75, 0.6])
+def test_a_size_is_met(place, tmp_path, part):
+    limit = int(part * compiled(place, tmp_path / "whole").size_after_bytes)
+    report = compiled(place, tmp_path / "out", low_rank="auto", max_size_bytes=limit, max_drop=100.0)
+    assert report.low_rank.kept and report.size_after_bytes <= limit
+
+
+def test_a_latency_is_raced_for_though_a_size_holds(place, tmp_path, monkeypatch, by_shape):
+    monkeypatch.setattr(trials, "measure", timing({"low rank": 2.0}))
+    given = {"low_rank": "auto", "device": "local", "max_drop": 100.0, "max_size_bytes": 10**6}
+    report = compiled(place, tmp_path / "out", max_latency_ms=0.6, **given)
+    assert report.low_rank.kept and "in place of 1 ms" in report.low_rank.why
+
+
+def test_where_the_whole_network_holds_a_size_nothing_is_made_smaller(place, tmp_path):
+    """In the precision that it is handed over in: weights of 4 bits, here."""
+    given = {"precision": "int4", "max_drop": 100.0}
+    size = compiled(place, tmp_path / "whole", **given).size_after_bytes
+    report = compiled(place, tmp_path / "out", low_rank="auto", max_size_bytes=size + 100, **given)
+    assert not report.low_rank.kept and report.size_after_bytes == size
+
+
+def test_a_part_of_the_latency_that_makes_it_slower_is_not_handed_over(place, tmp_path, monkeypatch, by_shape):
+    monkeypatch.setattr(trials, "measure", timing({"low rank": 0.8}))
+    report = compiled(place, tmp_path / "out", low_rank="latency:50%", device="local", max_drop=100.0)
+    assert not report.low_rank.kept and "measured to be faster" in report.low_rank.why
+    assert [a.name for a in report.attempts] == ["fp32"]
+
+
+def test_each_form_of_each_layer_is_timed_at_both_ends():
+    narrow = [Item(None, 0, 9, 9), *(Item(Choice("svd", (r,)), 0, r, r) for r in (8, 4, 2)),
+              *(Item(Choice("spatial", (r,)), 0, r, r) for r in (6, 3))]  # fmt: skip
+    wide = [Item(None, 0, 9, 9), Item(Choice("svd", (8,)), 0, 8, 8), Item(Choice("svd", (4,)), 0, 4, 4)]
+    found = plans({"a": narrow, "b": wide, "c": wide[:1]})
+    assert {plan["a"] for plan in found} == {1, 3, 4, 5} and {plan["b"] for plan in found} == {1, 2}
+    assert all("c" not in plan for plan in found)
