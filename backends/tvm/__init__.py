@@ -7,7 +7,7 @@ FP8 and no blocks.
 
 from __future__ import annotations
 
-from ..compiler.types import OpSupport, QuantScheme
+from ...compiler.types import OpSupport, QuantScheme
 
 _8_BITS = ("uint8", "int8")
 
