@@ -2,8 +2,8 @@
 
 A task is a fused function and how often the network calls it. Each round draws some schedules at random from the space
 of one task, builds and times them, and goes to the task where most time may be lost: calls times the best time, less
-with every round that found nothing. What was found is kept in a database under the target and the versions, keyed by the
-function itself but for its constants, so that a second compile, or the same layer of another model, starts from it.
+with every round that found nothing. What was found is kept in a database under the target and the versions, keyed by
+the function itself but for its constants, so that a second compile, or the same layer of another model, starts there.
 
 MetaSchedule's own builder starts a process a candidate, seconds each; here one takes a tenth of a second. What a
 candidate cannot compile or run is skipped. Ctrl-C ends the tuning and keeps what was found.
@@ -26,8 +26,8 @@ from .module import Imported
 
 logger = logging.getLogger(__name__)
 
-#: Schedules that are drawn, built and timed in a round.
-_ROUND = 12
+#: Schedules that are drawn, built and timed in a round; in a task's first one, so that each has its turn soon.
+_ROUND, _FIRST = 12, 4
 #: What a round without a gain takes off a task's turn.
 _PATIENCE = 0.8
 
@@ -71,7 +71,9 @@ def records_of(target: Any, folder: Path | None = None) -> Any:
     return ms.database.JSONDatabase(work_dir=str(place), module_equality="ignore-tensor")
 
 
-def tune(network: Imported, seconds: float, *, seed: int = 0, progress: Progress = silent, folder: Path | None = None) -> Tuned:
+def tune(
+    network: Imported, seconds: float, *, seed: int = 0, progress: Progress = silent, folder: Path | None = None
+) -> Tuned:
     """Look for schedules for so many seconds; with 0, only records of before are used."""
     from tvm.s_tir import meta_schedule as ms
 
@@ -102,7 +104,8 @@ def _round(target: Any, task: Task, found: Tuned, deadline: float, seed: int) ->
         task_name=task.name, num_threads=1, rand_state=seed + 1,
     )  # fmt: skip
     scratch = ms.database.MemoryDatabase()
-    context.pre_tuning(_ROUND, _ROUND, database=scratch, cost_model=ms.CostModel.create("random"))
+    count = _ROUND if task.rounds else _FIRST
+    context.pre_tuning(count, count, database=scratch, cost_model=ms.CostModel.create("random"))
     workload, before = found.records.commit_workload(task.function), task.best
     for candidate in context.generate_measure_candidates() or []:
         if time.monotonic() > deadline:
