@@ -164,6 +164,9 @@ def main() -> None:
 @click.option(
     "--time-budget", metavar="TIME", help="End the search after so long, e.g. 2min; run again, it goes on from there."
 )
+@click.option(
+    "--tune", metavar="TIME", default="60s", show_default=True, help="Look for TVM's schedules for so long; 0: reuse."
+)
 @click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")
 @click.option("--max-latency", metavar="TIME", help="E.g. 5ms.")
 @click.option("--max-size", metavar="SIZE", help="E.g. 4MB.")
@@ -179,6 +182,7 @@ def compile(
     max_latency: str | None,
     max_size: str | None,
     time_budget: str | None,
+    tune: str,
     eval_: Path | None,
     as_json: bool,
     **rest: Any,
@@ -199,6 +203,7 @@ def compile(
         "max_latency_ms": parse.parse_milliseconds(max_latency) if max_latency else None,
         "max_size_bytes": parse.parse_bytes(max_size) if max_size else None,
         "time_budget": parse.parse_seconds(time_budget) if time_budget else None,
+        "tune": parse.parse_seconds(tune, "--tune"),
     }
     with _progress() as progress:
         report = api.compile(model, folder, eval=eval_, progress=progress, **budget, **rest)

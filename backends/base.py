@@ -7,23 +7,42 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..compiler.errors import UserError
-from ..compiler.types import Artifact, DeviceProfile, FloatScheme, InputSpec, OpSupport, QuantScheme, Refusal
+from ..compiler.types import (
+    Artifact,
+    DeviceProfile,
+    FloatScheme,
+    InputSpec,
+    OpSupport,
+    Progress,
+    QuantScheme,
+    Refusal,
+    silent,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-BACKENDS: dict[str, str] = {"ort": "ort:OnnxRuntime", "tensorrt": "tensorrt:TensorRT"}
-#: Named on the command line, but not in this version: said in one line instead of "unknown".
-PLANNED: dict[str, str] = {"tvm": "the TVM backend is not in this version of edgec"}
+BACKENDS: dict[str, str] = {"ort": "ort:OnnxRuntime", "tensorrt": "tensorrt:TensorRT", "tvm": "tvm:Tvm"}
 #: The precisions that a backend answers for.
 SCHEMED = ("fp32", "fp16", "int8", "fp8", "int4", "w4a8")
 Schemes = Mapping[str, QuantScheme | FloatScheme | str]
 FLOAT32 = FloatScheme("float32", "float32")
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How one compile wants things built: seconds of tuning, the threads that it will run with (0: all), the seed."""
+
+    tune: float = 60.0
+    threads: int = 0
+    seed: int = 0
+    progress: Progress = silent
 
 
 class Runner(Protocol):
@@ -44,6 +63,11 @@ class Backend(Protocol):
     supports: ClassVar[tuple[OpSupport, ...]]
     #: Whether `lower` casts a float32 model to float16 by itself, where the precision asks for it.
     casts: ClassVar[bool]
+    #: Whether it runs ONNX files as they are: then the original is timed by it, too, and layers by its profiler.
+    runs_onnx: ClassVar[bool]
+
+    def prepared(self, how: Lowering) -> Backend:
+        """Return the backend as one compile wants it."""
 
     def unavailable(self) -> UserError | None:
         """Return why the backend cannot run on this machine, or None."""
@@ -67,8 +91,7 @@ class Backend(Protocol):
 def load(name: str) -> Backend:
     """Return the backend called `name`; UserError if there is none."""
     if name not in BACKENDS:
-        why = PLANNED.get(name, f"unknown backend {name!r}")
-        raise UserError(why, fix=f"choose one of: auto, {', '.join(BACKENDS)}")
+        raise UserError(f"unknown backend {name!r}", fix=f"choose one of: auto, {', '.join(BACKENDS)}")
     module, _, cls = BACKENDS[name].partition(":")
     backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
     return backend

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..compiler.errors import ModelError, UnavailableError, UserError
 from ..compiler.types import Artifact, DeviceProfile, FloatScheme, InputSpec, OpSupport, QuantScheme, Refusal
-from .base import FLOAT32, Schemes
+from .base import FLOAT32, Lowering, Schemes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,6 +133,11 @@ class OnnxRuntime:
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
     attention: ClassVar[tuple[OpSupport, ...]] = ATTENTION
     casts: ClassVar[bool] = False
+    runs_onnx: ClassVar[bool] = True
+
+    def prepared(self, how: Lowering) -> OnnxRuntime:
+        """Return itself: nothing is tuned here."""
+        return self
 
     def unavailable(self) -> UserError | None:
         """Return None: onnxruntime is a dependency of edgec."""

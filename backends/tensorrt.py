@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..compiler.errors import UnavailableError, UserError
 from ..compiler.types import Artifact, DeviceProfile, FloatScheme, OpSupport, QuantScheme, Refusal
-from .base import FLOAT32, Runner, Schemes
+from .base import FLOAT32, Lowering, Runner, Schemes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -90,6 +90,11 @@ class TensorRT:
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
     attention: ClassVar[tuple[OpSupport, ...]] = ATTENTION
     casts: ClassVar[bool] = True
+    runs_onnx: ClassVar[bool] = True
+
+    def prepared(self, how: Lowering) -> TensorRT:
+        """Return itself: nothing is tuned here."""
+        return self
 
     def unavailable(self) -> UserError | None:
         """Return why no engine can be built here."""

@@ -132,9 +132,7 @@ def _gpu(profile: DeviceProfile) -> Iterable[Finding]:
 
 def _tvm() -> Iterable[Finding]:
     version, ffi = _version("apache-tvm"), _version("apache-tvm-ffi")
-    if planned := base.PLANNED.get("tvm"):
-        yield Finding("tvm", "missing", planned)
-    elif not version:
+    if not version:
         yield Finding("tvm", "missing", "not installed (optional)", fix='pip install "edgec[tvm]"')
     elif ffi and ffi.startswith("0.1.15."):
         detail = f"apache-tvm {version}; apache-tvm-ffi {ffi} crashes when a module is saved or tuned"

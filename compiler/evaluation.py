@@ -127,10 +127,12 @@ def _opened(
 
 
 def _judged(path: Path, threads: int) -> Runner:
-    """Open a bundle's ONNX, or an ONNX file, to be judged: quality needs no device, so ONNX Runtime does it."""
+    """Open a bundle, or an ONNX file, to be judged: quality needs no device, so ONNX Runtime runs what is ONNX."""
     if not path.is_dir():
         return open_any(path, threads)
     artifact = bundle.artifact_of(path, bundle.read_manifest(path))
+    if not artifact.model.endswith(".onnx"):
+        return backends.load(artifact.backend).open(artifact, threads)
     return Session(artifact.folder / artifact.model, threads=threads)
 
 

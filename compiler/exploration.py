@@ -129,7 +129,7 @@ def _ways(asked: Requests) -> list[Requests]:
 def _remedies(this: Job, attempt: Attempt) -> list[Requests]:
     """Return what to make smaller, and how, where all that was tried misses a stated latency or size."""
     limit, ms = this.options.budget.max_latency_ms, attempt.measurement.median_ms
-    if this.images is None:
+    if this.images is None or not this.backend.runs_onnx:
         return []
     if limit is not None and ms is not None and ms > limit:
         asked = "what --max-latency needs"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends import base as backends
-from ..backends.base import FLOAT32
+from ..backends.base import FLOAT32, Lowering
 from ..backends.ort import Session
 from ..backends.targets.local import LocalTarget
 from ..calib import folder
@@ -86,9 +86,10 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     _check_degrade(options)
     metric = load_metric(options.metric) if options.metric else None
     url = options.target or ("local" if here else None)
-    backend = _backend(options, profile, url)
+    threads = options.threads or devices.usable_cores()
+    backend = _backend(options, profile, url).prepared(Lowering(options.tune, threads, options.seed, progress))
     target, why = _target(url, profile, backend)
-    _check_savings(options, why)
+    _check_savings(options, why if backend.runs_onnx else "layers are timed by ONNX Runtime's profiler only")
     specs = honest_specs(path, model)
     pre = images = judged = None
     if (options.calib or options.eval) and not specs:
@@ -109,7 +110,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         backend=backend,
         target=target,
         not_measured=why,
-        threads=options.threads or devices.usable_cores(),
+        threads=threads,
         preprocess=pre,
         images=images,
         judged=_with_labels(judged, metric),

@@ -55,6 +55,7 @@ class Options:
     goal: str = "latency"
     budget: Budget = Budget()
     time_budget: float | None = None
+    tune: float = 60.0
     threads: int = 0
     seed: int = 0
     verify: bool = False
@@ -71,9 +72,9 @@ def parse_milliseconds(text: str) -> float:
     return _number(text, _TIME, "--max-latency", "5ms, 800us or 0.1s")
 
 
-def parse_seconds(text: str) -> float:
+def parse_seconds(text: str, option: str = "--time-budget") -> float:
     """Return "60", "60s", "2min" or "1h" in seconds. UserError otherwise."""
-    return _number(text, _LONG_TIME, "--time-budget", "60s, 2min or 1h")
+    return _number(text, _LONG_TIME, option, "60s, 2min or 1h")
 
 
 def parse_steps(text: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..backends import base as backends
 from ..backends.ort import Session
 from . import fidelity, job
 from . import model as model_io
@@ -26,7 +27,8 @@ def measure(this: Job, candidates: Sequence[Candidate], *, seconds: float = SECO
     if this.target is None:
         return {n: Measurement(n, "none", None, reason=this.not_measured) for n in names}
     runners: dict[str, Runner] = {}
-    runners["original"] = this.backend.open(this.backend.lower(this.path, this.profile, "fp32"), this.threads)
+    home = this.backend if this.backend.runs_onnx else backends.load("ort")  # what runs the original as it is
+    runners["original"] = home.open(home.lower(this.path, this.profile, "fp32"), this.threads)
     for c in candidates:
         runners[c.name] = this.backend.open(this.backend.lower(c.path, this.profile, c.precision), this.threads)
     return this.target.measure(

@@ -444,7 +444,6 @@ def test_what_the_isa_means_for_int8_is_said_in_words(name, status, words):
 
 
 def test_the_tvm_runtime_that_crashes_is_warned_of(monkeypatch):
-    monkeypatch.setattr(doctor.base, "PLANNED", {})
     installed = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
     monkeypatch.setattr(doctor, "_version", installed.get)
     (finding,) = doctor._tvm()

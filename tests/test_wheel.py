@@ -7,7 +7,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = ("explanation", "fitting", "latency", "low_rank", "mixed_precision", "pruning", "quantization", "report")
-FOLDERS = ("backends", "backends/targets", "calib", "compiler", *(f"compiler/{name}" for name in COMPILER), "passes")
+FOLDERS = (
+    "backends",
+    "backends/targets",
+    "backends/tvm",
+    "calib",
+    "compiler",
+    *(f"compiler/{name}" for name in COMPILER),
+    "passes",
+)
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
