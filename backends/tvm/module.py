@@ -47,7 +47,6 @@ def host_cpu(threads: int) -> dict[str, object]:
 def imported(path: Path, inputs: Sequence[InputSpec], target: Any) -> Imported:
     """Import an ONNX file with batch 1. ModelError where TVM's importer fails."""
     import onnx
-
     import tvm
     from tvm import relax
     from tvm.relax import transform
