@@ -1,9 +1,9 @@
 """What the items on a menu cost in multiply-accumulates and, where a target is at hand, in milliseconds.
 
 Every item is a chain in one network: the i-th network has the i-th choice of each layer, as random numbers of the right
-shapes, whose nodes' MACs are counted. Networks that have each form of each layer at its highest and at its lowest rank
-are timed side by side as they will run, and the table of shapes (latency/table.py) foretells the ranks in between.
-Shapes that were timed before are not timed again.
+shapes, whose nodes' MACs are counted. Networks that have each form of each layer at its highest and at its lowest rank,
+and others as far as that goes, are timed side by side as they will run; the table of shapes (latency/table.py)
+foretells the ranks in between. Shapes that were timed before are not timed again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from .menu import Item, groups_of, stand_in
 
 if TYPE_CHECKING:
     from ..job import Job
+
+
+#: Networks that are timed beside the whole one: as many as five forms have ends.
+_TIMED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +81,18 @@ def nodes_of(layer: str, item: Item) -> list[str]:
 
 
 def plans(menu: Mapping[str, Sequence[Item]]) -> list[dict[str, int]]:
-    """Return which item of each layer is in which network: of each form the highest rank and the lowest."""
-    ends: dict[str, list[int]] = {}
+    """Return which item of each layer is in which network: each form's highest rank and its lowest, then others."""
+    order: dict[str, list[int]] = {}
     for name, items in menu.items():
         by_form: dict[str, list[int]] = {}
         for i, item in enumerate(items):
             if item.choice is not None:
                 by_form.setdefault(item.choice.form, []).append(i)
-        ends[name] = list(dict.fromkeys(i for found in by_form.values() for i in (found[0], found[-1])))
-    count = max(map(len, ends.values()), default=0)
-    return [{name: found[i % len(found)] for name, found in ends.items() if found} for i in range(count)]
+        ends = [i for found in by_form.values() for i in (found[0], found[-1])]
+        middle = [found[len(found) // 2] for found in by_form.values()]
+        order[name] = list(dict.fromkeys([*ends, *middle, *(i for found in by_form.values() for i in found)]))
+    count = min(max(map(len, order.values()), default=0), _TIMED)
+    return [{name: found[i % len(found)] for name, found in order.items() if found} for i in range(count)]
 
 
 def _network(model: ir.Model, plan: Mapping[str, int], menu: Mapping[str, Sequence[Item]]) -> ir.Model:
