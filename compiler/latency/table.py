@@ -40,7 +40,7 @@ CALL = "call"
 #: Milliseconds below which a kernel's time is noise: the profiler counts whole microseconds.
 _NOISE_MS = 2e-3
 _NEAREST = 2
-#: How far from 1 the profiler's scale may be: on a small ViT 1.12 foretells speed-ups that are 12 % too large, 0.95 3 %.
+#: How far from 1 the profiler's scale may be: on a small ViT 1.12 foretold speed-ups 12 % too large, 0.95 3 to 6 %.
 _NEAR = 0.05
 #: Kernels up to this quantile are short; what the profiler costs of one is at most so many times as much.
 _SHORT, _COSTLY = 0.1, 4.0
