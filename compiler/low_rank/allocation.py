@@ -15,6 +15,10 @@ import numpy as np
 from .menu import Item
 
 
+#: An error of so many times the signal is noise, however large: a few of them would hide the others from the solver.
+_NOISE = 4.0
+
+
 def allocate(menu: Mapping[str, Sequence[Item]], cost: Callable[[Item], float], limit: float) -> dict[str, Item] | None:
     """Return an item for each layer so that the cost is at most `limit`; None where nothing is that cheap."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # heavy
@@ -23,7 +27,7 @@ def allocate(menu: Mapping[str, Sequence[Item]], cost: Callable[[Item], float], 
     if not items:
         return None
     costs = np.array([cost(item) for _, item in items])
-    errors = np.array([item.error for _, item in items])
+    errors = np.minimum([item.error for _, item in items], _NOISE)
     layers = list(menu)
     one = np.array([[float(name == layer) for name, _ in items] for layer in layers])
     scale = max(float(costs.sum()), 1e-12)

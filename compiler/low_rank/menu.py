@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,7 @@ from ...passes import chain_noise, factorize
 from ...passes.factorize import Chain, Choice
 from ...passes.low_rank import Factors
 from ...passes.metric import Metric, energy_of
+from ...passes.weight_writer import takes_shift
 from .. import layers
 from .. import model as model_io
 from ..fitting import gram
@@ -104,6 +105,7 @@ def seen(
         array = weight.const_value.numpy().astype(np.float64)
         layout = layout_of(node, array.shape, wide=True)
         assert not isinstance(layout, str), layout
+        layout = replace(layout, biased=takes_shift(node))  # as in the walk that will fit it
         x, y = stream.pull(node.inputs[0]), stream.pull(node.outputs[0])
         images, rows = sum(map(len, x)), layout.rows_of(y)
         fit, judge, judged = gram.sums(layout, rows), gram.judging(layout, _JUDGES), max(1, sum(apart))
