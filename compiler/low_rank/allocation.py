@@ -14,7 +14,6 @@ import numpy as np
 
 from .menu import Item
 
-
 #: An error of so many times the signal is noise, however large: a few of them would hide the others from the solver.
 _NOISE = 4.0
 
