@@ -1,10 +1,10 @@
 """TVM beside ONNX Runtime: a network, and single layers, after so many seconds of tuning, on one thread.
 
     pip install "edgec[tvm]"
-    TVM_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/tvm_backend.py --data DIR [--tune 60] [--only resnet20|layers]
+    TVM_NUM_THREADS=1 python benchmarks/tvm_backend.py --data DIR [--tune 60] [--only resnet20|layers]
 
-DIR as for int8.py. Every row starts from an empty record folder. Both run in turn in one process (timing.py); `of peak` is
-what a layer's arithmetic takes of what a large product does on one thread, here.
+DIR as for int8.py. Every row starts from an empty record folder. Both run in turn in one process (timing.py); `of peak`
+is what a layer's arithmetic takes of what a large product does on one thread, here.
 """
 
 from __future__ import annotations
