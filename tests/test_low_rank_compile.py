@@ -369,4 +369,6 @@ def test_each_form_of_each_layer_is_timed_at_both_ends():
     wide = [Item(None, 0, 9, 9), Item(Choice("svd", (8,)), 0, 8, 8), Item(Choice("svd", (4,)), 0, 4, 4)]
     found = plans({"a": narrow, "b": wide, "c": wide[:1]})
     assert [plan["a"] for plan in found] == [1, 3, 4, 5, 2] and {plan["b"] for plan in found} == {1, 2}
+    twins = plans({"a": narrow, "b": narrow})
+    assert {plan["b"] for plan in twins} == {1, 2, 3, 4, 5} and any(plan["a"] != plan["b"] for plan in twins)
     assert all("c" not in plan for plan in found)

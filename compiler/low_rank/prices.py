@@ -81,7 +81,11 @@ def nodes_of(layer: str, item: Item) -> list[str]:
 
 
 def plans(menu: Mapping[str, Sequence[Item]]) -> list[dict[str, int]]:
-    """Return which item of each layer is in which network: each form's highest rank and its lowest, then others."""
+    """Return which item of each layer is in which network: each form's highest rank and its lowest, then others.
+
+    Each layer begins elsewhere, so that the networks are mixtures, as those will be that are foretold: were all layers
+    of one size in each, a network of small ones would stay in the caches that mixtures do not fit into.
+    """
     order: dict[str, list[int]] = {}
     for name, items in menu.items():
         by_form: dict[str, list[int]] = {}
@@ -92,7 +96,10 @@ def plans(menu: Mapping[str, Sequence[Item]]) -> list[dict[str, int]]:
         middle = [found[len(found) // 2] for found in by_form.values()]
         order[name] = list(dict.fromkeys([*ends, *middle, *(i for found in by_form.values() for i in found)]))
     count = min(max(map(len, order.values()), default=0), _TIMED)
-    return [{name: found[i % len(found)] for name, found in order.items() if found} for i in range(count)]
+    starts = {name: place * len(found) // len(order) for place, (name, found) in enumerate(order.items())}
+    return [
+        {name: found[(starts[name] + i) % len(found)] for name, found in order.items() if found} for i in range(count)
+    ]
 
 
 def _network(model: ir.Model, plan: Mapping[str, int], menu: Mapping[str, Sequence[Item]]) -> ir.Model:
