@@ -123,6 +123,7 @@ class Tvm:
             "target": str(target.export()),
             "tvm": metadata.version("apache-tvm"),
             "schedules tried": found.trials,
+            "schedules that failed": found.failed,
         }
         said.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         self.built[key] = library

@@ -88,7 +88,7 @@ def tune(
     try:
         while found.tasks and time.monotonic() - start < seconds:
             task = max(found.tasks, key=lambda t: t.turn)
-            _round(network.target, task, found, start + seconds, seed + found.trials)
+            _round(network.target, task, found, start + seconds, seed + found.trials + found.failed)
             total = 1e3 * sum(t.calls * t.best for t in found.tasks if t.best < float("inf"))
             progress(f"tuning, {total:.3g} ms so far", int(time.monotonic() - start), int(seconds))
     except KeyboardInterrupt:
@@ -129,7 +129,7 @@ def _timed(candidate: Any, target: Any) -> float | None:
 
     try:
         module = tvm.compile(candidate.sch.mod, target=target)
-        given = [_zeros_like(p) for p in candidate.sch.mod["main"].params]
+        given = [_filled(p) for p in candidate.sch.mod["main"].params]
         timer = module.mod.time_evaluator("main", tvm.cpu(), number=1, repeat=3, min_repeat_ms=1)
         return float(timer(*given).median)
     except Exception as error:  # TVM raises what it likes
@@ -137,7 +137,8 @@ def _timed(candidate: Any, target: Any) -> float | None:
         return None
 
 
-def _zeros_like(parameter: Any) -> Any:
+def _filled(parameter: Any) -> Any:
+    """Return random numbers of a parameter's shape and type: zeros may take another time."""
     import tvm
 
     kind = parameter.ty if hasattr(parameter, "ty") else parameter
