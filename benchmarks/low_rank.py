@@ -6,7 +6,8 @@
 DIR as for int8.py. The first table has every layer that can be a chain, at half of its parameters in each form: the
 SQNR of the layer's output on images that were not seen, with factors in the metric of what the layer reads on the
 calibration images, and with those of the weight alone (truncated SVD, HOSVD with HOOI, Jaderberg's spatial form, ALS
-for CP). The second table is `edgec compile --precision fp32 --low-rank PART`: no training, no labels.
+for CP). Then: random choices of ranks, timed, beside what the latency table foretells
+of them. The second table is `edgec compile --precision fp32 --low-rank PART`: no training, no labels.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from tempfile import TemporaryDirectory
 
 import edgec
 import numpy as np
-from edgec.compiler import job, pipeline
+from edgec.compiler import job, layers, pipeline
 from edgec.compiler import model as model_io
-from edgec.compiler.low_rank import menu
+from edgec.compiler.latency.networks import time_networks
+from edgec.compiler.latency.shapes import name_of
+from edgec.compiler.latency.table import from_timed
+from edgec.compiler.low_rank import menu, prices
 from edgec.compiler.options import Options
 from edgec.compiler.pruning.images import repair_feeds
 from edgec.compiler.types import silent
@@ -82,6 +86,34 @@ def _half(form: str, shape: tuple[int, ...]) -> Choice | None:
     return next((choice for choice in choices if choice.weights(shape) <= half), None)
 
 
+def foretold(path: Path, calib: Path, held_out: Path, pre: str | None, threads: int, count: int = 8) -> None:
+    """Print by how much the speed-ups of random choices, none of them timed before, are foretold too large or small."""
+    original = model_io.load(path)
+    this = job.resolve(
+        path, original, Options(calib=calib, eval=held_out, precision="fp32", preprocess=pre, threads=threads), silent
+    )
+    model, _ = pipeline.run(original, pipeline.exact_passes(), None)
+    offered: dict[str, list[menu.Item]] = {}
+    for node in model.graph:
+        if node.op_type in layers.LINEAR and menu.objection(node) is None:
+            weight = node.inputs[1]
+            assert weight is not None and weight.const_value is not None
+            found = menu.choices(menu.groups_of(node, tuple(weight.const_value.shape.numpy())))
+            offered[name_of(node)] = [menu.Item(c, 0.0, 1, 1) for c in (None, *found)]
+    feed, rng = job.one_input(this), np.random.default_rng(0)
+    drawn = [{name: int(rng.integers(0, len(items))) for name, items in offered.items()} for _ in range(count)]
+    timed, others = (
+        time_networks([model, *(prices.network(model, plan, offered) for plan in plans)], feed, threads=threads,
+                      seconds=0.5 * (1 + len(plans)))
+        for plans in (prices.plans(offered), drawn)
+    )  # fmt: skip
+    table = from_timed(timed)
+    ms = [table.call_ms + sum(table.ms(*node[:3]) or 0.0 for node in one.nodes) for one in others]
+    off = [(ms[0] / a) / (others[0].whole_ms / b.whole_ms) - 1 for a, b in zip(ms[1:], others[1:], strict=True)]
+    print(f"speed-ups of {count} random choices: off by {100 * np.mean(np.abs(off)):.1f} % on average, "
+          f"from {100 * min(off):+.0f} to {100 * max(off):+.0f} %\n", flush=True)  # fmt: skip
+
+
 def parts(path: Path, calib: Path, held_out: Path, pre: str | None, saved: list[str], threads: int) -> None:
     """Print what each part costs."""
     heads = ("asked for", "parameters saved %", "MACs saved %", "chains", "speed-up (95 %)", "foretold", "figure")
@@ -127,6 +159,7 @@ def main() -> None:
     if args.model is not None:
         print(f"\n### {args.model.stem}\n")
         forms(args.model, args.calib, args.eval, None, args.threads)
+        foretold(args.model, args.calib, args.eval, None, args.threads)
         parts(args.model, args.calib, args.eval, None, saved, args.threads)
         return
     for case in CASES:
@@ -139,6 +172,7 @@ def main() -> None:
                 print(f"\n### {case.model}\n")
                 path = args.data / "models" / f"{case.model}.onnx"
                 forms(path, calib, held_out, str(sidecar), args.threads)
+                foretold(path, calib, held_out, str(sidecar), args.threads)
                 parts(path, calib, held_out, str(sidecar), saved, args.threads)
 
 

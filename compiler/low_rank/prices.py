@@ -51,12 +51,12 @@ class Prices:
 def priced(this: Job, model: ir.Model, menu: Mapping[str, Sequence[Item]], run: Delivery | None) -> Prices:
     """Return the menu with MACs and, where it is said how networks will `run`, milliseconds."""
     feed, most = job.one_input(this), max((len(items) for items in menu.values()), default=1)
-    networks = [_network(model, {n: i for n, items in menu.items() if i < len(items)}, menu) for i in range(1, most)]
-    shaped = [{shape.node: shape for shape in shapes(network, feed)} for network in (model, *networks)]
+    networks = [network(model, {n: i for n, items in menu.items() if i < len(items)}, menu) for i in range(1, most)]
+    shaped = [{shape.node: shape for shape in shapes(one, feed)} for one in (model, *networks)]
     table = None
     if run is not None and networks:
-        table = table_of(this, [model, *(_network(model, plan, menu) for plan in plans(menu))], feed, {}, run)
-    counted = [macs_of(network, feed) for network in (model, *networks)]
+        table = table_of(this, [model, *(network(model, plan, menu) for plan in plans(menu))], feed, {}, run)
+    counted = [macs_of(one, feed) for one in (model, *networks)]
     found: dict[str, list[Item]] = {}
     for name, items in menu.items():
         found[name] = []
@@ -102,7 +102,8 @@ def plans(menu: Mapping[str, Sequence[Item]]) -> list[dict[str, int]]:
     ]
 
 
-def _network(model: ir.Model, plan: Mapping[str, int], menu: Mapping[str, Sequence[Item]]) -> ir.Model:
+def network(model: ir.Model, plan: Mapping[str, int], menu: Mapping[str, Sequence[Item]]) -> ir.Model:
+    """Return the model with these items, by number, as chains of random numbers; layers without one stay."""
     nodes = {name_of(node): node for node in model.graph}
     chains = {}
     for name, i in plan.items():
@@ -114,9 +115,9 @@ def _network(model: ir.Model, plan: Mapping[str, int], menu: Mapping[str, Sequen
     return factorize.factorized(model, chains)
 
 
-def macs_of(network: ir.Model, feed: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+def macs_of(model: ir.Model, feed: Mapping[str, np.ndarray]) -> dict[str, int | None]:
     """Return the MACs of each linear node on this input; None of those whose shapes remain unknown."""
-    twin = on_input(network, feed)
+    twin = on_input(model, feed)
     return {name_of(node): layers.macs(node) for node in twin.graph if node.op_type in layers.LINEAR}
 
 
