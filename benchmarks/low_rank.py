@@ -23,12 +23,12 @@ import edgec
 import numpy as np
 from edgec.compiler import job, layers, pipeline
 from edgec.compiler import model as model_io
+from edgec.compiler.fitting.images import repair_feeds
 from edgec.compiler.latency.networks import time_networks
 from edgec.compiler.latency.shapes import name_of
 from edgec.compiler.latency.table import from_timed
 from edgec.compiler.low_rank import menu, prices
 from edgec.compiler.options import Options
-from edgec.compiler.pruning.images import repair_feeds
 from edgec.compiler.types import silent
 from edgec.passes import factorize
 from edgec.passes.factorize import Choice

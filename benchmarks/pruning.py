@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 from edgec.backends.ort import Session
 from edgec.compiler import fidelity, job, pipeline
 from edgec.compiler import model as model_io
+from edgec.compiler.fitting.images import repair_feeds
 from edgec.compiler.options import Options
 from edgec.compiler.pruning import allocation, importance
 from edgec.compiler.pruning.costs import counted
 from edgec.compiler.pruning.cutting import steps_of
-from edgec.compiler.pruning.images import repair_feeds
 from edgec.compiler.pruning.repair import repaired
 from edgec.compiler.pruning.swaps import swapped
 from edgec.compiler.types import silent

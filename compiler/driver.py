@@ -12,7 +12,6 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..passes.quant_params import needed_opset
@@ -34,9 +33,6 @@ from .types import (
     Report,
     silent,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def compile(model: Path, out: Path, options: Options, progress: Progress = silent) -> Report:

@@ -143,3 +143,14 @@ def _scale_of(quantize: ir.Node) -> tuple[float | None, Range | None]:
         return s, None
     params = QParams(s, z, dtype)
     return s, Range(params.low, params.high)
+
+
+def axes_of(node: ir.Node) -> tuple[int, int]:
+    """Return along which axes a linear layer's weight has its inputs and its outputs."""
+    if node.op_type == "MatMul":
+        weight = node.inputs[1]
+        assert weight is not None and weight.const_value is not None
+        rank = len(weight.const_value.shape)
+        return rank - 2, rank - 1
+    turned = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    return (1, 0) if turned or node.op_type == "Conv" else (0, 1)  # ConvTranspose: outputs of one group

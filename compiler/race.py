@@ -23,8 +23,8 @@ from .candidates import Candidate
 from .types import Attempt, Fidelity, Trial
 
 if TYPE_CHECKING:
+    from .delivery import Delivery
     from .job import Job
-    from .pruning.latencies import Delivery
 
 #: The first part of the time that is tried, the most, and how many networks are made in all.
 _FIRST, _MOST, _COUNT = 0.2, 0.7, 4

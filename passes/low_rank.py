@@ -63,12 +63,6 @@ def spectrum(weight: np.ndarray, metric: Metric) -> Spectrum:
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
-def svd_lost(known: Spectrum) -> np.ndarray:
-    """Return the error energy of the best `svd` of rank 0, 1, …, out."""
-    lost: np.ndarray = np.concatenate([np.cumsum(known[0][::-1])[::-1], [0.0]])
-    return lost
-
-
 def svd(weight: np.ndarray, known: Spectrum, rank: int) -> Factors:
     """Return A (out, rank) and B (rank, in…) of the least error, from the spectrum of the weight in its metric."""
     values, vectors = known

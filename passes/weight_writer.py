@@ -13,13 +13,6 @@ Forms (W a weight, q its integers, s its scales)
 
 Scales lie along the output channels; blocks along the input channels of Gemm and MatMul. A weight that its block does
 not divide, and every Conv, gets a scale per output channel.
-
-A MatMul has no bias of its own. Where an Add of a constant c alone reads it, that is one, and a shift d of the layer's
-output (one number per output channel: the last axis) goes there, whatever the shape of c:
-
-    (x W + d) + c = x W + (c + d)
-
-The Add gets a constant of its own, so other readers of c keep theirs.
 """
 
 from __future__ import annotations
@@ -31,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.types import QuantScheme, StoredWeight, WeightType
+from .bias import added_bias
 from .float8 import FLOAT8, round_to_float8
 from .graph_builder import GraphBuilder, onnx_type
 from .quant_params import needed_for_bias, quantize_bias, quantize_weight, spread, weight_scales
@@ -83,27 +77,6 @@ def input_axis(node: ir.Node, rank: int) -> int:
     """Return the axis of a Gemm's or MatMul's weight along which its inputs lie."""
     transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     return 1 if transposed else rank - 2
-
-
-def added_bias(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Return the Add of a constant that alone reads a MatMul, and which of its inputs is that constant; else None."""
-    uses = tuple(node.outputs[0].uses())
-    if node.op_type != "MatMul" or len(uses) != 1 or node.outputs[0].is_graph_output():
-        return None
-    add, index = uses[0].node, 1 - uses[0].idx
-    if add.op_type != "Add" or add.domain not in ("", "ai.onnx") or add.graph is not node.graph:
-        return None
-    constant = add.inputs[index]
-    fixed = constant is not None and constant.const_value is not None and not constant.is_graph_input()
-    return (add, index) if fixed else None
-
-
-def takes_shift(node: ir.Node) -> bool:
-    """Say whether a linear node's output can be shifted, per channel, by a bias that it has or may be given."""
-    if node.op_type == "MatMul":
-        return added_bias(node) is not None
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return bias is None or (bias.const_value is not None and not bias.is_graph_input())
 
 
 def round_to_nearest(

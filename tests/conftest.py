@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from edgec.compiler import delivery
 from edgec.compiler.latency.shapes import shapes
 from edgec.compiler.latency.table import Timed
-from edgec.compiler.pruning import latencies
 from PIL import Image
 
 CLASSES = 4
@@ -52,7 +52,7 @@ def by_shape(monkeypatch):
             found.append(Timed(rows, sum(row[3] for row in rows)))
         return found
 
-    monkeypatch.setattr(latencies, "time_networks", timed)
+    monkeypatch.setattr(delivery, "time_networks", timed)
 
 
 def classifier(seed: int = 0) -> onnx.ModelProto:

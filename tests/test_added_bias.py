@@ -10,8 +10,8 @@ from edgec.backends import ort as ort_backend
 from edgec.compiler.fitting.layerwise import walk
 from edgec.compiler.quantization.sensitivity import layer_errors
 from edgec.compiler.types import QuantScheme
+from edgec.passes.bias import added_bias, takes_shift
 from edgec.passes.quantize import Quantize
-from edgec.passes.weight_writer import added_bias, takes_shift
 from test_quantize import build, ranges_of, run
 from test_sensitivity import Batch
 

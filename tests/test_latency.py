@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zoo
+from edgec.compiler import delivery
 from edgec.compiler import model as model_io
+from edgec.compiler.delivery import Delivery
 from edgec.compiler.latency import table as tables
 from edgec.compiler.latency.attribution import by_node, longest_known
 from edgec.compiler.latency.kernel_times import Kernel
@@ -17,7 +19,7 @@ from edgec.compiler.memory import Memory, context
 from edgec.compiler.pruning import costs as pruning_costs
 from edgec.compiler.pruning import latencies
 from edgec.compiler.pruning.cutting import steps_of
-from edgec.compiler.pruning.latencies import Delivery, Pricing, variants
+from edgec.compiler.pruning.latencies import Pricing, variants
 from edgec.compiler.pruning.structure import Structure
 from edgec.passes import channel_cuts
 from hypothesis import given, settings
@@ -263,7 +265,7 @@ def priced(monkeypatch, price=truth):
         calls.append(len(models))
         return by_shape(models, feed, axes, price)
 
-    monkeypatch.setattr(latencies, "time_networks", stand_in)
+    monkeypatch.setattr(delivery, "time_networks", stand_in)
     model, groups = prepared()
     this = SimpleNamespace(
         images=None, judged=None, path=None, options=SimpleNamespace(seed=0), threads=1, progress=None,

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import onnx_ir as ir
 import pytest
-from edgec.compiler import layers, trials
+from edgec.compiler import delivery, layers, trials
 from edgec.compiler import model as model_io
 from edgec.compiler.errors import BudgetError, UserError
 from edgec.compiler.latency.shapes import shapes
@@ -16,7 +16,6 @@ from edgec.compiler.latency.table import Timed
 from edgec.compiler.low_rank.menu import Item
 from edgec.compiler.low_rank.prices import plans
 from edgec.compiler.options import Saving, parse_low_rank
-from edgec.compiler.pruning import latencies
 from edgec.compiler.report import html, serial, tables, terminal
 from edgec.passes.cast_fp16 import CastFloat16
 from edgec.passes.factorize import Choice
@@ -155,7 +154,7 @@ def by_weights(monkeypatch, tmp_path):
             found.append(Timed(rows, sum(row[3] for row in rows)))
         return found
 
-    monkeypatch.setattr(latencies, "time_networks", timed)
+    monkeypatch.setattr(delivery, "time_networks", timed)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # what other stop-watches said is kept
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import zoo
+from edgec.compiler.fitting import probe
 from edgec.compiler.fitting.layerwise import Ahead
 from edgec.compiler.fitting.targets import Beside
-from edgec.compiler.pruning import chain_links, probe, producers, repair, tiles
+from edgec.compiler.pruning import chain_links, producers, repair, tiles
 from edgec.compiler.pruning.tiles import Drawing
 from edgec.passes import channel_cuts, making, reading
 from edgec.passes.chains import Clip, Depthwise, MaxPool, Taps

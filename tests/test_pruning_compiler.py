@@ -11,10 +11,11 @@ import zoo
 from edgec.backends.ort import Session
 from edgec.compiler import layers, pipeline
 from edgec.compiler import model as model_io
-from edgec.compiler.pruning import allocation, importance, probe, repair, swaps
+from edgec.compiler.fitting import probe
+from edgec.compiler.fitting.images import split
+from edgec.compiler.pruning import allocation, importance, repair, swaps
 from edgec.compiler.pruning import costs as pruning_costs
 from edgec.compiler.pruning.branch_ranking import rank_branches
-from edgec.compiler.pruning.images import split
 from edgec.passes import channel_cuts, pruning
 from edgec.passes.branches import branches as find_branches
 from edgec.passes.cut_moves import JoinMoves

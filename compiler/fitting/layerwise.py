@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ...passes.weight_writer import takes_shift
+from ...passes.bias import takes_shift
 from ..layers import LINEAR
 from ..types import Progress, StoredWeight, silent
 from . import gram

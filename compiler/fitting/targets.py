@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ...passes.bias import added_bias
 from ...passes.forgiving import ROUNDS, forgiven
-from ...passes.weight_writer import added_bias
 from .stream import Arrays, Stream
 
 

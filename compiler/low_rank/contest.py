@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..candidates import Candidate
-from ..pruning.latencies import Delivery
+from ..delivery import Delivery
 from ..race import Entry, Words
 from .kitchen import Chosen, Kitchen
 

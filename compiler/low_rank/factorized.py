@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .. import model as model_io
 from .. import race, trials
 from ..candidates import Candidate
-from ..pruning.latencies import FLOATS
+from ..delivery import FLOATS
 from ..race import Race
 from ..types import Attempt, LowRank, LowRankLayer
 from .contest import Made, Ranks
@@ -71,9 +71,8 @@ def _chosen(kitchen: Kitchen, request: Saving, whole: Attempt | None) -> _Found:
         if whole is None or whole.size_bytes > budget.max_size_bytes:
             return _sized(kitchen, budget.max_size_bytes, whole)
         if budget.max_latency_ms is None:
-            return race.Chosen(
-                None, f"{_kilobytes(whole.size_bytes)} hold what was asked for, and nothing was factorized"
-            )
+            held = f"the whole network takes {_kilobytes(whole.size_bytes)} as it is"
+            return race.Chosen(None, f"{held}, and nothing was factorized")
     if not request.saved and this.options.goal == "size":
         return _smallest(kitchen)
     if this.target is None:

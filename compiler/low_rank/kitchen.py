@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...passes import factorize
+from ...passes.bias import shift_bias, takes_shift
 from ...passes.constants import Names, remove_unused
-from ...passes.weight_writer import takes_shift
-from .. import job
+from .. import devices, job
 from .. import model as model_io
 from ..candidates import Candidate, save
+from ..delivery import Delivery, delivery
+from ..fitting.images import repair_feeds
 from ..fitting.layerwise import is_layer
 from ..latency.shapes import name_of
+from ..layers import axes_of
 from ..proof import Prover
-from ..pruning.cutting import multiple_of
-from ..pruning.images import repair_feeds
-from ..pruning.importance import axes_of
-from ..pruning.latencies import Delivery, delivery
-from ..pruning.repair import shift_bias
 from ..types import PassRecord
 from .allocation import allocate
 from .menu import Item, groups_of, menu, refusals, stand_in
@@ -65,11 +63,11 @@ class Kitchen:
         """Find out what the layers of `base` could be; with `timed`, how fast on the target. There must be images."""
         assert this.images is not None
         start, scheme = time.perf_counter(), job.quant_scheme(this)
-        integers = scheme is not None and scheme.activation in ("uint8", "int8")
+        integers = None if scheme is None or scheme.activation not in ("uint8", "int8") else scheme.weight_max
         feeds = repair_feeds(base.model, this.images, threads=this.threads)
         offered = menu(
             base.model, feeds,
-            multiple=multiple_of(this.profile), integers=scheme.weight_max if scheme is not None and integers else None,
+            multiple=devices.multiple_of(this.profile), integers=integers,
             seed=this.options.seed, threads=this.threads, deadline=this.deadline, progress=this.progress,
         )  # fmt: skip
         run = delivery(this)

@@ -18,19 +18,19 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes import chain_noise, factorize
+from ...passes.bias import takes_shift
 from ...passes.factorize import Chain, Choice
 from ...passes.low_rank import Factors
 from ...passes.metric import Metric, energy_of
-from ...passes.weight_writer import takes_shift
 from .. import layers
 from .. import model as model_io
 from ..fitting import gram
+from ..fitting.images import split
 from ..fitting.layerwise import is_layer
 from ..fitting.layout import MOST_INPUTS, layout_of
+from ..fitting.probe import Probe
 from ..fitting.stream import Stream
 from ..latency.shapes import name_of
-from ..pruning.images import split
-from ..pruning.probe import Probe
 from ..types import Progress, Refusal, silent
 
 #: Parts of the largest rank that saves weights at which a form is offered.

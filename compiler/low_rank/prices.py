@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from ...passes import factorize
 from .. import job, layers
+from ..delivery import Delivery, table_of
 from ..latency.shapes import Shape, name_of, on_input, shapes
 from ..latency.table import LatencyTable
-from ..pruning.latencies import Delivery, table_of
 from .menu import Item, groups_of, stand_in
 
 if TYPE_CHECKING:

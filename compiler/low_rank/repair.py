@@ -18,13 +18,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes import factorize, metric
+from ...passes.bias import shift_bias
 from ...passes.constants import Names
 from ...passes.factorize import Chain
 from ...passes.factorize import Choice as Form
 from ...passes.metric import Metric
 from ..fitting.layerwise import Choice, Site, walk
 from ..latency.shapes import name_of
-from ..pruning.repair import FEW_RIDGE, shift_bias
+from ..pruning.repair import FEW_RIDGE
 from ..types import Progress, silent
 from .menu import with_weights
 

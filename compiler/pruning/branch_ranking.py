@@ -24,16 +24,16 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes import branch_rewrites, pruning
+from ...passes.bias import shift_bias, takes_shift
 from ...passes.branches import Branch
 from ...passes.constants import Names
-from ...passes.weight_writer import takes_shift
 from ..fitting.layerwise import bias_of
+from ..fitting.probe import Probe, is_large, spread
 from ..fitting.stream import Stream
 from ..types import Progress, silent
 from .costs import Axis
 from .importance import Ranking
-from .probe import Probe, is_large, spread
-from .repair import repaired, shift_bias
+from .repair import repaired
 
 #: Images that are repaired by for the ranking. What they leave is 1.4 times what 500 do on ResNet-20 and 32, for every
 #: branch, so their order is nearly the same.

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..delivery import Delivery
 from ..race import Entry, Words
 from .cutting import Cutting, Made
-from .latencies import Delivery, Pricing
+from .latencies import Pricing
 
 #: What takes this much longer saves as much.
 _AS_MUCH = 1.02

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...passes.channel_cuts import ChannelGroups
-from .. import layers, trials
+from .. import devices, layers, trials
 from .. import model as model_io
 from ..candidates import Candidate, save
+from ..fitting.images import repair_feeds
+from ..fitting.probe import Probe, is_large
 from ..proof import Prover
 from ..types import DeviceProfile, PassRecord, PrunedLayer, Pruning, Trial
 from . import allocation, importance
 from .branch_ranking import rank_branches
 from .costs import Costs
-from .images import repair_feeds
-from .probe import Probe, is_large
 from .repair import repaired
 from .structure import Structure
 from .swaps import swapped
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from ..job import Job
     from ..options import Saving
 
-#: What is cut on CPUs, less than their blocks: what a cut inside a block saves is for the table of times to say.
-#: FastestDet with 30 % of its MACs cut one by one is 1.45 times slower than whole, in fours 1.25 times faster, in
-#: eights and sixteens no more (ONNX Runtime, AVX512).
-CPU_STEP = 4
 #: The cut network gives what the masked one gives, but for sums in another order.
 TOLERANCE = 1e-4
 
@@ -44,18 +40,13 @@ def steps_of(groups: ChannelGroups, profile: DeviceProfile) -> dict[str, int]:
     That is the device's channel multiple, halved until a group has four of them: two in three would be too coarse. Of
     a group that has no four fours units go one at a time: no kernel is fast on so few.
     """
-    steps = {group.name: _step(group.units, multiple_of(profile)) for group in groups.groups}
+    steps = {group.name: _step(group.units, devices.multiple_of(profile)) for group in groups.groups}
     return {name: step for name, step in steps.items() if step > 1}
-
-
-def multiple_of(profile: DeviceProfile) -> int:
-    """Return the multiple in which a device likes its channels, and ranks."""
-    return CPU_STEP if profile.kind == "cpu" else profile.channel_multiple
 
 
 def _step(units: int, multiple: int) -> int:
     step = multiple
-    while step > CPU_STEP and (units % step or units < 4 * step):
+    while step > devices.CPU_STEP and (units % step or units < 4 * step):
         step //= 2
     return 1 if units % step or units < 4 * step else step
 
@@ -258,7 +249,7 @@ def sizes(model: ir.Model) -> dict[str, tuple[int, int, int | None]]:
     for node in model.graph:
         weight = node.inputs[1] if node.op_type in layers.LINEAR and len(node.inputs) > 1 else None
         if weight is not None and weight.const_value is not None and len(weight.const_value.shape) > 1:
-            shape, (ins, outs) = weight.const_value.shape.numpy(), importance.axes_of(node)
+            shape, (ins, outs) = weight.const_value.shape.numpy(), layers.axes_of(node)
             each = {ins if node.op_type == "Conv" else outs: node.attributes.get_int("group", 1)}  # of one group
             inputs, outputs = (shape[axis] * each.get(axis, 1) for axis in (ins, outs))
             found[node.name or node.outputs[0].name or ""] = (inputs, outputs, layers.macs(node))

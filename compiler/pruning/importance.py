@@ -25,17 +25,17 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes import pruning
+from ...passes.bias import shift_bias, takes_shift
 from ...passes.channel_cuts import ChannelGroup, Member
 from ...passes.constants import Names, add_initializer
-from ...passes.weight_writer import takes_shift
 from .. import model as model_io
 from ..fitting import gram
 from ..fitting.layerwise import bias_of, is_layer
 from ..fitting.layout import Layout, layout_of
+from ..fitting.probe import Probe, is_large
 from ..fitting.stream import Stream
+from ..layers import axes_of
 from ..types import Progress, silent
-from .probe import Probe, is_large
-from .repair import shift_bias
 
 #: The parts of a group that go when its outputs' error is measured.
 PROBED = (0.25, 0.5, 0.75)
@@ -250,12 +250,3 @@ def _member(group: ChannelGroup, node: ir.Node, axis: int) -> Member | None:
     if weight is None or weight.const_value is None:
         return None
     return next((m for m in group.members if (m.node, m.tensor, m.axis) == (node.name, weight.name, axis)), None)
-
-
-def axes_of(node: ir.Node) -> tuple[int, int]:
-    """Return along which axes a linear layer's weight has its inputs and its outputs."""
-    if node.op_type == "MatMul":
-        rank = _array(node).ndim
-        return rank - 2, rank - 1
-    turned = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-    return (1, 0) if turned or node.op_type == "Conv" else (0, 1)  # ConvTranspose: outputs of one group

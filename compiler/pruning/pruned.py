@@ -23,13 +23,14 @@ from ...passes.cut_moves import JoinMoves
 from .. import model as model_io
 from .. import pipeline, trials
 from ..candidates import Candidate
+from ..delivery import delivery
 from ..proof import Prover
 from ..race import Chosen, Race
 from ..types import Pruning
 from .contest import Cuts
 from .costs import Costs
 from .cutting import Cutting, Made
-from .latencies import Pricing, delivery
+from .latencies import Pricing
 
 if TYPE_CHECKING:
     import onnx_ir as ir

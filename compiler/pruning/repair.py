@@ -24,16 +24,16 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes import branch_rewrites, channel_cuts, pruning
+from ...passes.bias import shift_bias
 from ...passes.branches import Branch
 from ...passes.channel_cuts import Removed
-from ...passes.constants import Names, add_initializer
+from ...passes.constants import Names
 from ...passes.forgiving import refit_forgiving
-from ...passes.weight_writer import added_bias
 from ..fitting.gram import Moments
+from ..fitting.images import split
 from ..fitting.layerwise import Choice, LayerStep, Site, walk
+from ..fitting.probe import is_large
 from ..types import Progress, silent
-from .images import split
-from .probe import is_large
 from .producers import made_for_readers
 
 #: A layer with fewer rows than so many times its inputs, such as the classifier behind a pooling, follows the noise of
@@ -145,22 +145,3 @@ def _written(model: ir.Model, steps: Sequence[LayerStep]) -> ir.Model:
         if step.shift is not None:
             shift_bias(twin.graph, node, step.shift, names)
     return twin
-
-
-def shift_bias(graph: ir.Graph, node: ir.Node, shift: np.ndarray, names: Names) -> None:
-    """Add to the layer's bias, which it is given if it has none. A bias that others read as well is copied."""
-    added = added_bias(node)
-    reader, index = (node, 2) if added is None else added
-    old = reader.inputs[index] if index < len(reader.inputs) else None
-    weight = node.inputs[1]
-    dtype = np.dtype(np.float32) if weight is None or weight.const_value is None else weight.const_value.dtype.numpy()
-    before = np.zeros(1) if old is None or old.const_value is None else old.const_value.numpy().astype(np.float64)
-    beta = node.attributes.pop("beta", None) if node.op_type == "Gemm" else None
-    array = (before * (1.0 if beta is None else beta.as_float()) + shift).astype(dtype)
-    name = names.fresh(f"{node.name}_bias_repaired")
-    new = add_initializer(graph, name, ir.tensor(array, name=name))
-    if index < len(reader.inputs):
-        reader.replace_input_with(index, new)
-    else:
-        reader.resize_inputs(index + 1)
-        reader.replace_input_with(index, new)

@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from ...passes.branches import Branch
 from ...passes.channel_cuts import ChannelGroup, ChannelGroups, Removed
+from ..fitting.probe import Probe, is_large
 from ..types import Progress, silent
 from .importance import Ranking
-from .probe import Probe, is_large
 from .repair import repaired
 
 #: Exchanges that are tried. Large networks (probe.py) are left alone: a repair of theirs takes minutes.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...passes.weight_writer import takes_shift
+from ...passes.bias import takes_shift
 from ..fitting.layerwise import is_layer
 from .channel_moments import Moments, of_batch_norms, propagate
 from .constant_values import evaluate, from_constants

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...backends.ort import Session
-from ...passes.weight_writer import added_bias
+from ...passes.bias import added_bias
 from .. import model as model_io
 from ..types import Progress, silent
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ..fitting.feeds import MEMORY, calibration_feeds
+from .feeds import MEMORY, calibration_feeds
 from .probe import is_large
 
 if TYPE_CHECKING:

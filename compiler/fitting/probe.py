@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ...backends.ort import Session
 from .. import layers
 from .. import model as model_io
-from ..fitting.layerwise import is_layer
+from .layerwise import is_layer
 
 #: Images that errors are measured on; of a network whose image takes more MACs than LARGE, fewer.
 _IMAGES, _LARGE_IMAGES = 128, 8
