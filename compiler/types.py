@@ -617,8 +617,8 @@ class Pruning:
 class LowRankLayer:
     """A layer and the chain that it became, if any: `form` (passes/factorize.py) and `ranks`.
 
-    Times are foretold, of one call: the layer's, and its chain's; of a layer that stayed, the fastest chain's. None
-    where nothing was timed.
+    Times are foretold, of one call: the layer's, and its chain's; of a layer that stayed, those of the closest chain
+    that is faster, or of the fastest. None where nothing was timed.
     """
 
     node: str

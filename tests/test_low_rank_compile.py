@@ -295,6 +295,19 @@ def test_what_no_float_output_shows_counts_alike(tmp_path):
     assert found.kept and 0.3 <= 1 - found.parameters_after / found.parameters_before < 0.5
 
 
+def test_a_layer_called_like_a_link_of_another_keeps_its_own_costs(tmp_path):
+    """Chains' nodes are found in the graph, not by the names that they would have had."""
+    alone(tmp_path, TWO_LAYERS, (60, 24))
+    model = model_io.load(tmp_path / "model.onnx")
+    first, second = (node for node in model.graph if node.op_type == "Gemm")
+    first.name, second.name = "fc", "fc_svd0"
+    model_io.save(model, tmp_path / "model.onnx")
+    report = compiled(tmp_path, tmp_path / "out", calib=tmp_path / "samples", low_rank="60%")
+    found = {x.node: x for x in report.low_rank.layers}
+    for x in found.values():
+        assert x.form is None or x.macs_left == x.parameters_left, "a Gemm has a MAC a weight"
+
+
 def test_a_fixed_batch_stays_whole(tmp_path):
     text = """g (float[8,24] x) => (float[8,4,12] y) <float[24,48] w> {
         h = MatMul (x, w)

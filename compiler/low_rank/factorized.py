@@ -23,7 +23,7 @@ from ..delivery import FLOATS
 from ..race import Race
 from ..types import Attempt, LowRank, LowRankLayer
 from .contest import Made, Ranks
-from .kitchen import Chosen, Kitchen
+from .kitchen import Chosen, Kitchen, is_faster
 from .menu import Item, refusals
 
 if TYPE_CHECKING:
@@ -195,11 +195,11 @@ def _macs_after(kitchen: Kitchen, chosen: Chosen) -> int | None:
 
 
 def _row(name: str, items: Sequence[Item], item: Item) -> LowRankLayer:
-    """Return a layer as it became; of one that stays, the fastest chain beside it."""
+    """Return a layer as it became; of one that stays, the closest chain that is faster, or the fastest, beside it."""
     layer, others = items[0], [other for other in items[1:] if other.ms is not None]
-    shown = item
+    shown, faster = item, [other for other in others if is_faster(other, items[0])]
     if item.choice is None and others:
-        shown = min(others, key=lambda other: other.ms or 0.0)
+        shown = min(faster, key=lambda i: i.error) if faster else min(others, key=lambda i: i.ms or 0.0)
     return LowRankLayer(
         node=name,
         form=None if item.choice is None else item.choice.form,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..job import Job
 
 
+#: How many layers a chain has.
+_LINKS = {"svd": 2, "channels": 2, "spatial": 2, "tucker": 3, "cp": 4}
 #: Networks that are timed beside the whole one: as many as five forms have ends.
 _TIMED = 10
 
@@ -57,11 +59,12 @@ def priced(this: Job, model: ir.Model, menu: Mapping[str, Sequence[Item]], run: 
     if run is not None and networks:
         table = table_of(this, [model, *(network(model, plan, menu) for plan in plans(menu))], feed, {}, run)
     counted = [macs_of(one, feed) for one in (model, *networks)]
+    by_name = [{name_of(node): node for node in one.graph} for one in (model, *networks)]
     found: dict[str, list[Item]] = {}
     for name, items in menu.items():
         found[name] = []
         for i, item in enumerate(items):
-            nodes = nodes_of(name, item)
+            nodes = nodes_of(by_name[i][name], item)
             macs = sum(counted[i].get(node) or 0 for node in nodes)
             found[name].append(replace(item, macs=macs, ms=_ms(table, shaped[i], nodes)))
     every = list(counted[0].values())
@@ -72,12 +75,15 @@ def priced(this: Job, model: ir.Model, menu: Mapping[str, Sequence[Item]], run: 
     return Prices(found, total, whole, table.misfit)
 
 
-def nodes_of(layer: str, item: Item) -> list[str]:
-    """Return the names of the nodes of a layer as a choice: those that factorize.py gives them."""
-    if item.choice is None:
-        return [layer]
-    links = {"svd": 2, "channels": 2, "spatial": 2, "tucker": 3, "cp": 4}[item.choice.form]
-    return [*(f"{layer}_{item.choice.form}{i}" for i in range(links - 1)), layer]
+def nodes_of(layer: ir.Node, item: Item) -> list[str]:
+    """Return the names of the nodes that a layer became: itself and those of its chain before it."""
+    links = 1 if item.choice is None else _LINKS[item.choice.form]
+    found = [layer]
+    while len(found) < links:
+        before = found[-1].inputs[0].producer() if found[-1].inputs[0] is not None else None
+        assert before is not None, "a chain is shorter than its form"
+        found.append(before)
+    return [name_of(node) for node in found]
 
 
 def plans(menu: Mapping[str, Sequence[Item]]) -> list[dict[str, int]]:

@@ -32,7 +32,7 @@ def tables(report: Report, limit: int | None = None) -> tuple[Table, ...]:
 
 
 def layers(found: LowRank, limit: int | None = None) -> Table:
-    """Each layer beside its chain, in the graph's order; of one that stayed, the fastest chain's time."""
+    """Each layer beside its chain, in the graph's order; of one that stayed, the time of a chain that it could be."""
     largest = sorted(found.layers, key=lambda x: x.parameters_left - x.parameters)[:limit]
     shown = [x for x in found.layers if x in largest]
     timed = _timed(found)
@@ -46,7 +46,8 @@ def layers(found: LowRank, limit: int | None = None) -> Table:
     notes += [f"{name}: {told}" for form, (name, told) in _FORMS.items() if form in used]
     if timed:
         notes.append(
-            "predicted by the table of timed shapes; of a layer that stayed, the fastest chain that was on offer"
+            "predicted by the table of timed shapes; of a layer that stayed, the closest chain that is faster, or the "
+            "fastest where none is"
         )
     return Table("Layers and their chains", columns(*titles), rows, tuple(notes))
 
