@@ -61,7 +61,7 @@ def timings(title: str, rows: Sequence[tuple[str, Measurement]]) -> Table:
     for label, m in rows:
         row = [text.clean(label), *_timing(m, places)]
         row += [*_speedup(m)] if _has_speedup(rows) else []
-        row += [_attribute(m, name) if m.median_ms is not None else "" for name, _, _ in differing]
+        row += [_short(_attribute(m, name)) if m.median_ms is not None else "" for name, _, _ in differing]
         cells.append(tuple(row))
     return Table(title, columns(*titles), tuple(cells) if made else (), (*shared, *_not_measured(rows)))
 
@@ -83,6 +83,12 @@ def _speedup(m: Measurement) -> tuple[str, str]:
 
 def _has_speedup(rows: Sequence[tuple[str, Measurement]]) -> bool:
     return any(m.speedup is not None for _, m in rows)
+
+
+def _short(value: str) -> str:
+    """Return an execution provider by the runtime that has it: its own name fills a third of a terminal's line."""
+    found = value.removesuffix("ExecutionProvider")
+    return value if found == value else f"ORT {found}"
 
 
 def _attribute(m: Measurement, name: str) -> str:
