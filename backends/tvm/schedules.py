@@ -1,0 +1,279 @@
+"""How a function is run on a processor: which schedules it may have, and the application of one.
+
+A space is a class of functions, recognised by a block, with its choices as plain numbers, the best guess first. For sums
+with constant weights the choices are the tile of positions and channels that is kept in vector registers,
+
+    for rows, weights (in either order):         a stretch of rows; the padded input is made for it
+        for tile:                                acc[rows, columns, blocks, lanes] in registers, all unrolled
+            for kh, kw, q:  acc += broadcast(P) * W
+            whatever comes after, from acc to memory
+
+The tile takes at most the registers that there are, less some for broadcasts and weights. Sources of the form: Goto and
+van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34(3), 2008, and NeoCPU (kernels.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from .kernels import CONTRACTION, DEPTHWISE, LONGEST, PADDED
+from .machine import Machine
+
+Choice = Mapping[str, int]
+#: TVM's number of an axis that is not summed over.
+_SPATIAL = 0
+#: How many loops sum where four bytes are summed at once: without taps and with.
+_WITH_FOURS = (2, 4)
+#: A multiply-add's result is there four cycles later, and two begin in each.
+_AT_ONCE = 8
+#: Rows of a stretch that the first guess takes.
+_STRETCH = 8
+
+
+class Space(Protocol):
+    """The schedules of one class of functions."""
+
+    name: ClassVar[str]
+
+    def features(self) -> tuple[int, ...]:
+        """Return the numbers by which functions of the class are alike."""
+
+    def choices(self) -> list[Choice]:
+        """Return what there is to choose, the best guess first."""
+
+    def apply(self, schedule: Any, choice: Choice) -> None:
+        """Schedule the function."""
+
+
+def space_of(schedule: Any, machine: Machine) -> Space | None:
+    """Return the space of a function, None where it has none of these."""
+    for kind in (Contraction, Depthwise):
+        found = kind.of(schedule, machine)
+        if found is not None:
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """Sums over channels with weights laid out by kernels.convolution or kernels.product.
+
+    `rows`, `columns` and `blocks` are what tiles are cut from; a sum has `depth` terms for each of `taps`.
+    """
+
+    name: ClassVar[str] = CONTRACTION
+    machine: Machine
+    rows: int
+    columns: int
+    blocks: int
+    depth: int
+    taps: int
+    fours: bool
+
+    @classmethod
+    def of(cls, schedule: Any, machine: Machine) -> Contraction | None:
+        """Return the space of a function, None where it is none."""
+        block = _block(schedule, CONTRACTION)
+        if block is None:
+            return None
+        spatial, sums = ([int(schedule.get(loop).extent) for loop in loops] for loops in _roles(schedule, block))
+        fours, with_taps = len(sums) in _WITH_FOURS, len(sums) > _WITH_FOURS[0]
+        lead, blocks = spatial[:-3] if with_taps else spatial[:-2], spatial[-2]
+        depth, taps = sums[2 if with_taps else 0], sums[0] * sums[1] if with_taps else 1
+        return cls(machine, lead[-2] if len(lead) > 1 else 1, lead[-1], blocks, depth, taps, fours)
+
+    def features(self) -> tuple[int, ...]:
+        """Return rows, columns, blocks, terms and taps."""
+        return (self.rows, self.columns, self.blocks, self.depth, self.taps, int(self.fours))
+
+    def choices(self) -> list[Choice]:
+        """Return tiles that fit into registers, those first that load least for what they multiply."""
+        found = []
+        for high, wide, blocks in itertools.product(
+            _divisors(self.rows, 4), _divisors(self.columns, LONGEST), _divisors(self.blocks, 8)
+        ):
+            places = high * wide
+            if places * blocks + blocks < self.machine.registers:
+                idle = max(1.0, _AT_ONCE / (places * blocks))
+                found.append(((1 / places + 0.5 / blocks) * idle, high, wide, blocks))
+        result: list[Choice] = []
+        for (_, high, wide, blocks), unroll in itertools.product(sorted(found)[:16], (4, 2, 1)):
+            if self.depth % unroll:
+                continue
+            fit = [s for s in _divisors(self.rows, self.rows) if s % high == 0]
+            middle = min(fit, key=lambda s: abs(s - _STRETCH))
+            for stretch, weights in itertools.product(dict.fromkeys((middle, fit[-1], fit[0])), (0, 1)):
+                named = {"high": high, "wide": wide, "blocks": blocks, "unroll": unroll, "stretch": stretch}
+                result.append({**named, "weights": weights})
+        return result
+
+    def apply(self, schedule: Any, choice: Choice) -> None:
+        """Schedule the function; `weights` says that a block of weights stays while all rows pass."""
+        block = schedule.get_sblock(CONTRACTION)
+        final = _last(schedule, block)
+        schedule.set_scope(block, 0, "local")
+        (*lead, blocks, lane), sums = _roles(schedule, block)
+        four = [sums.pop()] if self.fours else []
+        (*taps, depth) = sums
+        groups = [lead.pop()] if taps else []
+        columns, tile, stretch, middle = lead.pop(), [], [], []
+        if lead:
+            outside, inside = schedule.split(lead.pop(), [None, choice["stretch"]])
+            between, high = schedule.split(inside, [None, choice["high"]])
+            stretch, middle, tile = [outside], [between], [high]
+        c_out, wide = schedule.split(columns, [None, choice["wide"]])
+        b_out, b_in = schedule.split(blocks, [None, choice["blocks"]])
+        d_out, d_in = schedule.split(depth, [None, choice["unroll"]])
+        tile += [wide, b_in]
+        weights = [*groups, b_out]
+        ahead = weights + stretch if choice["weights"] else stretch + weights
+        order = [*lead, *ahead, *middle, c_out]
+        schedule.reorder(*order, *taps, d_out, d_in, *tile, lane, *four)
+        schedule.reverse_compute_at(final, c_out)
+        _pad(schedule, self.machine, stretch[0] if stretch and not choice["weights"] else None)
+        for loop in (*tile, d_in):
+            schedule.unroll(loop)
+        dot = self.machine.dot if four else None
+        if dot is None:
+            schedule.vectorize(lane)
+        _decomposed(schedule, block, (*taps, d_out)[0], len(order))
+        if dot is not None:
+            schedule.tensorize(lane, dot.intrinsic)
+        *done, after = schedule.get_loops(final)[len(order) :]
+        _vectorized(schedule, after, self.machine.lanes)
+        for loop in done:
+            schedule.unroll(loop)
+        if self.machine.threads > 1:
+            schedule.parallel(schedule.fuse(*lead, *ahead[:-1]) if lead or len(ahead) > 1 else ahead[0])
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """Sums over taps alone, kernels.depthwise: lanes are channels."""
+
+    name: ClassVar[str] = DEPTHWISE
+    machine: Machine
+    rows: int
+    columns: int
+    blocks: int
+    taps: int
+
+    @classmethod
+    def of(cls, schedule: Any, machine: Machine) -> Depthwise | None:
+        """Return the space of a function, None where it is none."""
+        block = _block(schedule, DEPTHWISE)
+        if block is None:
+            return None
+        spatial, sums = ([int(schedule.get(loop).extent) for loop in loops] for loops in _roles(schedule, block))
+        return cls(machine, spatial[1], spatial[2], spatial[3], math.prod(sums))
+
+    def features(self) -> tuple[int, ...]:
+        """Return rows, columns, blocks and taps."""
+        return (self.rows, self.columns, self.blocks, self.taps)
+
+    def choices(self) -> list[Choice]:
+        """Return tiles of columns and blocks, some eight registers first."""
+        found = []
+        for wide, blocks in itertools.product(_divisors(self.columns, LONGEST), _divisors(self.blocks, 8)):
+            if wide * blocks + 2 < self.machine.registers:
+                found.append((abs(wide * blocks - _AT_ONCE), -wide, {"wide": wide, "blocks": blocks}))
+        found.sort(key=lambda one: one[:2])
+        stretches = _divisors(self.rows, self.rows)
+        middle = min(stretches, key=lambda s: abs(s - _STRETCH))
+        result: list[Choice] = []
+        for _, _, tile in found[:12]:
+            for stretch, whole in itertools.product(dict.fromkeys((middle, stretches[-1], stretches[0])), (0, 1)):
+                result.append({**tile, "stretch": stretch, "whole": whole})
+        return result
+
+    def apply(self, schedule: Any, choice: Choice) -> None:
+        """Schedule the function; `whole` says that the input is filled up once, not at each stretch of rows."""
+        block = schedule.get_sblock(DEPTHWISE)
+        final = _last(schedule, block)
+        schedule.set_scope(block, 0, "local")
+        (n, rows, columns, blocks, lane), taps = _roles(schedule, block)
+        outside, row = schedule.split(rows, [None, choice["stretch"]])
+        c_out, wide = schedule.split(columns, [None, choice["wide"]])
+        b_out, b_in = schedule.split(blocks, [None, choice["blocks"]])
+        schedule.reorder(n, outside, row, b_out, c_out, *taps, wide, b_in, lane)
+        schedule.reverse_compute_at(final, c_out)
+        _pad(schedule, self.machine, None if choice["whole"] else outside)
+        for loop in (*taps, wide, b_in):
+            schedule.unroll(loop)
+        schedule.vectorize(lane)
+        _decomposed(schedule, block, taps[0], 5)
+        *done, after = schedule.get_loops(final)[5:]
+        _vectorized(schedule, after, self.machine.lanes)
+        for loop in done:
+            schedule.unroll(loop)
+        if self.machine.threads > 1:
+            schedule.parallel(schedule.fuse(n, outside))
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def _block(schedule: Any, name: str) -> Any:
+    """Return the block called `name`, None where there is none."""
+    try:
+        return schedule.get_sblock(name)
+    except Exception:  # TVM raises what it likes
+        return None
+
+
+def _roles(schedule: Any, block: Any) -> tuple[list[Any], list[Any]]:
+    """Return a block's loops over positions, and those that sum."""
+    loops, kinds = schedule.get_loops(block), [int(v.iter_type) for v in schedule.get(block).iter_vars]
+    pairs = list(zip(loops, kinds, strict=True))
+    return [loop for loop, kind in pairs if kind == _SPATIAL], [loop for loop, kind in pairs if kind != _SPATIAL]
+
+
+def _last(schedule: Any, block: Any) -> Any:
+    """Make one block of all that comes after `block`, and return it."""
+    while True:
+        after = list(schedule.get_consumers(block))
+        between = [one for one in after if schedule.get_consumers(one)]
+        if not between:
+            (final,) = after
+            return final
+        schedule.compute_inline(between[0])
+
+
+def _pad(schedule: Any, machine: Machine, where: Any) -> None:
+    """Fill the input up at a loop, or once."""
+    pad = _block(schedule, PADDED)
+    if pad is None:
+        return
+    if where is not None:
+        schedule.compute_at(pad, where)
+    loops = schedule.get_loops(pad)
+    _vectorized(schedule, loops[-1], machine.lanes)
+    if where is None and machine.threads > 1:
+        schedule.parallel(schedule.fuse(*loops[:2]))
+
+
+def _decomposed(schedule: Any, block: Any, loop: Any, outside: int) -> None:
+    """Begin the sums before `loop`, unrolled and vectorized like the sums; `outside` loops are around both."""
+    start = schedule.decompose_reduction(block, loop)
+    *begun, lane = schedule.get_loops(start)[outside:]
+    schedule.vectorize(lane)
+    for one in begun:
+        schedule.unroll(one)
+
+
+def _vectorized(schedule: Any, loop: Any, lanes: int) -> None:
+    """Vectorize the inner `lanes` of a loop, or the most that divide it."""
+    extent = int(schedule.get(loop).extent)
+    lanes = math.gcd(extent, lanes)
+    if extent > lanes:
+        loop = schedule.split(loop, [None, lanes])[1]
+    if lanes > 1:
+        schedule.vectorize(loop)
