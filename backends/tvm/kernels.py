@@ -1,15 +1,15 @@
 """Layers with constant weights as functions that know the machine: what they compute, and how weights lie.
 
 A layer with weights is a sum over taps (kh, kw) and channels. With L float32 lanes of a vector register, output
-channel o = g O' + b L + l (group g, block b, lane l; blocks are filled up with zeros):
+channel o of group g lies in lane o % L of block o / L; the last block is filled up with zeros:
 
-    acc[n, h, w, g, b, l] = sum_{kh, kw, c} P[n, h s + kh d, w s + kw d, g C' + c] W[g, b, kh, kw, c, l]
-    y[n, h, w, o] = acc[n, h, w, o / O', (o % O') / L, (o % O') % L]
+    acc[n, h, w, g, o] = sum_{kh, kw, c} P[n, h s + kh d, w s + kw d, g C' + c] W[g, o / L, kh, kw, c, o % L]
+    y[n, h, w, g O' + o] = acc[n, h, w, g, o]    for o < O'
 
-P is the padded input. So one lane of a register belongs to one output channel, a weight is one aligned load, an input one
+P is the padded input, C' and O' are a group's channels. So one lane of a register belongs to one output channel, a weight is one aligned load, an input one
 broadcast (NHWC, after NeoCPU: Liu et al., "Optimizing CNN model inference on CPUs", USENIX ATC 2019, who block both).
-Integers go by fours of channels, c = 4 q + i, with W[g, b, kh, kw, q, l, i], as dot products of bytes want them.
-Depthwise layers have lanes of channels: acc[n, h, w, b, l] = sum_{kh, kw} P[n, .., .., b L + l] W[kh, kw, b, l].
+Integers go by fours of channels, c = 4 q + i, with W[g, o / L, kh, kw, q, o % L, i], as dot products of bytes want them.
+Depthwise layers have lanes of channels: acc[n, h, w, c] = sum_{kh, kw} P[n, .., .., c] W[kh, kw, c].
 Products (MatMul, Gemm) are the same with rows in place of positions and no taps.
 
 Weights are laid out here, when the network is compiled. What comes after a layer (bias, ReLU, a sum, rounding) is fused
@@ -82,11 +82,11 @@ def packed(weight: np.ndarray, groups: int, lanes: int, fours: bool) -> np.ndarr
 
 
 def packed_depthwise(weight: np.ndarray, lanes: int) -> np.ndarray:
-    """Lay out [kh, kw, C] as [kh, kw, blocks, lanes]."""
+    """Fill [kh, kw, C] up to a multiple of the lanes."""
     kh, kw, channels = weight.shape
     room = np.zeros((kh, kw, filled(channels, lanes)), weight.dtype)
     room[:, :, :channels] = weight
-    return room.reshape(kh, kw, -1, lanes)
+    return room
 
 
 # ------------------------------------------------------------------------------------------- functions
@@ -115,46 +115,41 @@ def convolution(x: Any, weight: Any, outputs: int, window: Window) -> Any:
     if fours:
         axes.append(te.reduce_axis(_range(_FOUR), "i"))
 
-    def product(n: Any, h: Any, w: Any, g: Any, b: Any, lane: Any) -> Any:
+    def sums(n: Any, h: Any, w: Any, g: Any, o: Any) -> Any:
         a, e, q, *i = axes
         c = q * _FOUR + i[0] if i else q
         read = p[n, h * sh + a * dh, w * sw + e * dw, g * depth + c]
-        return te.sum(_wide(read) * _wide(weight[g, b, a, e, q, lane, i[0]] if i else weight[g, b, a, e, q, lane]), axes)
+        return te.sum(_wide(read) * _wide(weight[(g, o // lanes, a, e, q, o % lanes, *i)]), axes)
 
-    shape = (n, high, room, groups, int(weight.shape[1]), int(weight.shape[-2 if fours else -1]))
-    acc = te.compute(dims(shape), product, name=CONTRACTION)
-    each, lanes = outputs // groups, shape[-1]
+    lanes, each = int(weight.shape[5]), outputs // groups
+    acc = te.compute(dims((n, high, room, groups, int(weight.shape[1]) * lanes)), sums, name=CONTRACTION)
     return te.compute(
-        dims((n, high, wide, outputs)),
-        lambda n, h, w, o: acc[n, h, w, o // each, o % each // lanes, o % each % lanes],
-        name="unpacked",
+        dims((n, high, wide, outputs)), lambda n, h, w, o: acc[n, h, w, o // each, o % each], name="unpacked"
     )
 
 
 def depthwise(x: Any, weight: Any, window: Window) -> Any:
-    """Return y for [N, H, W, C] and [kh, kw, blocks, lanes] as TE tensors."""
+    """Return y for [N, H, W, C] and [kh, kw, C], the latter filled up, as TE tensors."""
     from tvm import te
 
     n, height, width, channels = (int(i) for i in x.shape)
-    kh, kw, blocks, lanes = (int(i) for i in weight.shape)
+    kh, kw, room = (int(i) for i in weight.shape)
     high, wide = window.size(height, width)
-    room = rows_in_tiles(wide)
+    columns = rows_in_tiles(wide)
     (sh, sw), (dh, dw) = window.strides, window.dilations
-    p = _padded(x, window, room, blocks * lanes)
+    p = _padded(x, window, columns, room)
     axes = [te.reduce_axis(_range(kh), "kh"), te.reduce_axis(_range(kw), "kw")]
 
-    def product(n: Any, h: Any, w: Any, b: Any, lane: Any) -> Any:
+    def sums(n: Any, h: Any, w: Any, c: Any) -> Any:
         a, e = axes
-        read = p[n, h * sh + a * dh, w * sw + e * dw, b * lanes + lane]
+        read, by = p[n, h * sh + a * dh, w * sw + e * dw, c], weight[a, e, c]
         if "int" in str(x.dtype):
             # a byte times a byte fits into 16 bits: 255 x 128 < 2^15
-            return te.sum((read.astype("int16") * weight[a, e, b, lane].astype("int16")).astype("int32"), axes)
-        return te.sum(read * weight[a, e, b, lane], axes)
+            return te.sum((read.astype("int16") * by.astype("int16")).astype("int32"), axes)
+        return te.sum(read * by, axes)
 
-    acc = te.compute(dims((n, high, room, blocks, lanes)), product, name=DEPTHWISE)
-    return te.compute(
-        dims((n, high, wide, channels)), lambda n, h, w, c: acc[n, h, w, c // lanes, c % lanes], name="unpacked"
-    )
+    acc = te.compute(dims((n, high, columns, room)), sums, name=DEPTHWISE)
+    return te.compute(dims((n, high, wide, channels)), lambda *at: acc[at], name="unpacked")
 
 
 def product(x: Any, weight: Any, outputs: int) -> Any:
@@ -164,7 +159,7 @@ def product(x: Any, weight: Any, outputs: int) -> Any:
     lead = [int(i) for i in x.shape[:-1]]
     fours = len(weight.shape) == 7
     rows, room = lead[-1], rows_in_tiles(lead[-1])
-    depth, lanes = int(x.shape[-1]), int(weight.shape[-2 if fours else -1])
+    depth, lanes = int(x.shape[-1]), int(weight.shape[5])
     p = x
     if fours and depth % _FOUR:
         shape = [*lead, filled(depth, _FOUR)]
@@ -177,16 +172,14 @@ def product(x: Any, weight: Any, outputs: int) -> Any:
         axes.append(te.reduce_axis(_range(_FOUR), "i"))
 
     def sums(*at: Any) -> Any:
-        *before, row, b, lane = at
+        *before, row, o = at
         q, *i = axes
         row = tirx.min(row, rows - 1) if room > rows else row
         read = p[(*before, row, q * _FOUR + i[0] if i else q)]
-        return te.sum(_wide(read) * _wide(weight[0, b, 0, 0, q, lane, i[0]] if i else weight[0, b, 0, 0, q, lane]), axes)
+        return te.sum(_wide(read) * _wide(weight[(0, o // lanes, 0, 0, q, o % lanes, *i)]), axes)
 
-    acc = te.compute(dims((*lead[:-1], room, int(weight.shape[1]), lanes)), sums, name=CONTRACTION)
-    return te.compute(
-        dims((*lead, outputs)), lambda *at: acc[(*at[:-1], at[-1] // lanes, at[-1] % lanes)], name="unpacked"
-    )
+    acc = te.compute(dims((*lead[:-1], room, int(weight.shape[1]) * lanes)), sums, name=CONTRACTION)
+    return te.compute(dims((*lead, outputs)), lambda *at: acc[at], name="unpacked")
 
 
 def _range(size: int) -> tuple[Any, Any]:

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 
 from . import kernels
+from .integers import number
 from .machine import Machine
 
 #: TVM's kOutEWiseFusable: elementwise functions behind it join it.
 _FUSABLE = 4
+#: From NCHW to NHWC, and back.
+_LAST, _SECOND = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
 def specialised(module: Any, machine: Machine) -> Any:
@@ -18,7 +21,7 @@ def specialised(module: Any, machine: Machine) -> Any:
     from tvm import relax
     from tvm.ir import Op
 
-    conv2d, matmul, pad = (Op.get(f"relax.{name}") for name in ("nn.conv2d", "matmul", "nn.pad"))
+    conv2d, matmul, pad, permute = (Op.get(f"relax.{n}") for n in ("nn.conv2d", "matmul", "nn.pad", "permute_dims"))
 
     @relax.expr_functor.mutator
     class Specialised(relax.PyExprMutator):  # type: ignore[misc]
@@ -33,18 +36,15 @@ def specialised(module: Any, machine: Machine) -> Any:
 
         def convolution(self, call: Any) -> Any:
             at, (x, weight) = call.attrs, call.args
-            array, shape = _constant(weight), _shape(x)
+            array, shape = number(weight), _shape(x)
             if array is None or shape is None or at.data_layout != "NHWC" or at.kernel_layout != "HWIO":
                 return None
             top, left, bottom, right = (int(i) for i in at.padding)
             kh, kw, each, outputs = array.shape
             groups, fill = int(at.groups), 0.0
-            before = self.lookup_binding(x) if isinstance(x, relax.Var) else None
-            if before is not None and getattr(before, "op", None) == pad and not any((top, left, bottom, right)):
-                around = _around(before)
-                if around is not None:
-                    (top, left, bottom, right), fill = around
-                    x = before.args[0]
+            around = None if any((top, left, bottom, right)) else self.around(x)
+            if around is not None:
+                x, (top, left, bottom, right), fill = around
             window = kernels.Window(
                 (kh, kw), tuple(map(int, at.strides)), (top, left, bottom, right), tuple(map(int, at.dilation)), fill
             )  # type: ignore[arg-type]
@@ -57,9 +57,32 @@ def specialised(module: Any, machine: Machine) -> Any:
             laid = kernels.packed(array, groups, machine.lanes, fours)
             return self.call(lambda a, w: kernels.convolution(a, w, outputs, window), "conv2d", x, laid)
 
+        def around(self, x: Any) -> tuple[Any, tuple[int, int, int, int], float] | None:
+            """Return what a Pad of positions alone reads, in NHWC, its (top, left, bottom, right) and its value."""
+            turned = self.made_by(x, permute)
+            found = self.made_by(x if turned is None else turned.args[0], pad)
+            if found is None or str(found.attrs.pad_mode) != "constant" or (turned is not None and not _is(turned, _LAST)):
+                return None
+            width = [int(i) for i in found.attrs.pad_width]
+            if turned is not None:
+                width = width[:2] + width[4:] + width[2:4]
+            if any(width[:2] + width[6:]):
+                return None
+            inside = found.args[0]
+            if turned is not None:
+                before = self.made_by(inside, permute)
+                back = before is not None and _is(before, _SECOND)
+                inside = before.args[0] if back else self.builder_.emit(relax.op.permute_dims(inside, _LAST))
+            return inside, (width[2], width[4], width[3], width[5]), float(found.attrs.pad_value)
+
+        def made_by(self, value: Any, op: Any) -> Any:
+            """Return the call that made a value, if it is of an operator."""
+            found = self.lookup_binding(value) if isinstance(value, relax.Var) else None
+            return found if getattr(found, "op", None) == op else None
+
         def product(self, call: Any) -> Any:
             x, weight = call.args
-            array, shape = _constant(weight), _shape(x)
+            array, shape = number(weight), _shape(x)
             if array is None or array.ndim != 2 or shape is None or len(shape) < 2:
                 return None
             laid = kernels.packed(array[None, None], 1, machine.lanes, _bytes(array) and machine.dot is not None)
@@ -85,10 +108,6 @@ def specialised(module: Any, machine: Machine) -> Any:
     return found.builder_.get()
 
 
-def _constant(value: Any) -> np.ndarray | None:
-    return value.value.numpy() if hasattr(value, "value") and hasattr(value.value, "numpy") else None
-
-
 def _shape(value: Any) -> list[int] | None:
     """Return a tensor's dimensions, None where one is not a number."""
     try:
@@ -101,9 +120,5 @@ def _bytes(array: np.ndarray) -> bool:
     return array.dtype.itemsize == 1
 
 
-def _around(pad: Any) -> tuple[tuple[int, int, int, int], float] | None:
-    """Return (top, left, bottom, right) and the value of a Pad in NHWC that fills up positions alone."""
-    width = [int(i) for i in pad.attrs.pad_width]
-    if str(pad.attrs.pad_mode) != "constant" or any(width[:2] + width[6:]):
-        return None
-    return (width[2], width[4], width[3], width[5]), float(pad.attrs.pad_value)
+def _is(permutation: Any, axes: list[int]) -> bool:
+    return [int(i) for i in permutation.attrs.axes or ()] == axes

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from . import intrinsics
+
 
 @dataclass(frozen=True)
 class Dot:
@@ -29,8 +31,8 @@ class Machine:
 _VECTORS = (("avx512f", 16, 32), ("avx2", 8, 16), ("avx", 8, 16), ("neon", 4, 32), ("", 4, 16))
 #: LLVM's feature, float32 lanes of the registers that it works on, and the instruction.
 _DOTS = (
-    ("avx512vnni", 16, Dot("dot_16x4_vnni", "uint8")),
-    ("dotprod", 4, Dot("dot_4x4_i8i8s32_sdot", "int8")),
+    ("avx512vnni", 16, Dot(intrinsics.VNNI, "uint8")),
+    ("dotprod", 4, Dot(intrinsics.SDOT, "int8")),
 )
 
 
@@ -38,6 +40,7 @@ def machine_of(target: Any) -> Machine:
     """Return what a TVM target of kind llvm says of its processor."""
     from tvm.target.codegen import target_has_features as has
 
+    intrinsics.register()
     lanes, registers = next((lanes, count) for name, lanes, count in _VECTORS if not name or has(name, target))
     dot = next((dot for name, width, dot in _DOTS if width == lanes and has(name, target)), None)
     return Machine(lanes, registers, dot, int(target.attrs.get("num-cores", 1)))

@@ -51,7 +51,7 @@ class Space(Protocol):
 
 def space_of(schedule: Any, machine: Machine) -> Space | None:
     """Return the space of a function, None where it has none of these."""
-    for kind in (Contraction, Depthwise):
+    for kind in (Contraction, Depthwise, Plain):
         found = kind.of(schedule, machine)
         if found is not None:
             return found
@@ -82,7 +82,7 @@ class Contraction:
             return None
         spatial, sums = ([int(schedule.get(loop).extent) for loop in loops] for loops in _roles(schedule, block))
         fours, with_taps = len(sums) in _WITH_FOURS, len(sums) > _WITH_FOURS[0]
-        lead, blocks = spatial[:-3] if with_taps else spatial[:-2], spatial[-2]
+        lead, blocks = spatial[:-2] if with_taps else spatial[:-1], spatial[-1] // machine.lanes
         depth, taps = sums[2 if with_taps else 0], sums[0] * sums[1] if with_taps else 1
         return cls(machine, lead[-2] if len(lead) > 1 else 1, lead[-1], blocks, depth, taps, fours)
 
@@ -116,7 +116,7 @@ class Contraction:
         block = schedule.get_sblock(CONTRACTION)
         final = _last(schedule, block)
         schedule.set_scope(block, 0, "local")
-        (*lead, blocks, lane), sums = _roles(schedule, block)
+        (*lead, outputs), sums = _roles(schedule, block)
         four = [sums.pop()] if self.fours else []
         (*taps, depth) = sums
         groups = [lead.pop()] if taps else []
@@ -126,7 +126,7 @@ class Contraction:
             between, high = schedule.split(inside, [None, choice["high"]])
             stretch, middle, tile = [outside], [between], [high]
         c_out, wide = schedule.split(columns, [None, choice["wide"]])
-        b_out, b_in = schedule.split(blocks, [None, choice["blocks"]])
+        b_out, b_in, lane = schedule.split(outputs, [None, choice["blocks"], self.machine.lanes])
         d_out, d_in = schedule.split(depth, [None, choice["unroll"]])
         tile += [wide, b_in]
         weights = [*groups, b_out]
@@ -169,7 +169,7 @@ class Depthwise:
         if block is None:
             return None
         spatial, sums = ([int(schedule.get(loop).extent) for loop in loops] for loops in _roles(schedule, block))
-        return cls(machine, spatial[1], spatial[2], spatial[3], math.prod(sums))
+        return cls(machine, spatial[1], spatial[2], spatial[3] // machine.lanes, math.prod(sums))
 
     def features(self) -> tuple[int, ...]:
         """Return rows, columns, blocks and taps."""
@@ -195,10 +195,10 @@ class Depthwise:
         block = schedule.get_sblock(DEPTHWISE)
         final = _last(schedule, block)
         schedule.set_scope(block, 0, "local")
-        (n, rows, columns, blocks, lane), taps = _roles(schedule, block)
+        (n, rows, columns, channels), taps = _roles(schedule, block)
         outside, row = schedule.split(rows, [None, choice["stretch"]])
         c_out, wide = schedule.split(columns, [None, choice["wide"]])
-        b_out, b_in = schedule.split(blocks, [None, choice["blocks"]])
+        b_out, b_in, lane = schedule.split(channels, [None, choice["blocks"], self.machine.lanes])
         schedule.reorder(n, outside, row, b_out, c_out, *taps, wide, b_in, lane)
         schedule.reverse_compute_at(final, c_out)
         _pad(schedule, self.machine, None if choice["whole"] else outside)
@@ -214,7 +214,76 @@ class Depthwise:
             schedule.parallel(schedule.fuse(n, outside))
 
 
+@dataclass(frozen=True)
+class Plain:
+    """Everything else: what can be computed where it is used is, rows are spread over threads, the last axis over lanes."""
+
+    name: ClassVar[str] = "plain"
+    machine: Machine
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, schedule: Any, machine: Machine) -> Plain | None:
+        """Return the space of a function, None where a size is not known."""
+        try:
+            blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
+            return cls(machine, tuple(int(schedule.get(loop).extent) for b in blocks for loop in schedule.get_loops(b)))
+        except Exception:  # TVM raises what it likes: sizes that are not known, no root
+            return None
+
+    def features(self) -> tuple[int, ...]:
+        """Return all sizes."""
+        return self.sizes
+
+    def choices(self) -> list[Choice]:
+        """Return lanes for the last axis or for sums, more or less at once."""
+        lanes = self.machine.lanes
+        return [{"lanes": n, "sums": s} for n, s in ((lanes, lanes), (lanes, 1), (2 * lanes, lanes), (1, 1))]
+
+    def apply(self, schedule: Any, choice: Choice) -> None:
+        """Schedule the function."""
+        for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+            if not _roles(schedule, block)[1] and len(schedule.get_consumers(block)) == 1:
+                _tried(schedule, lambda s, b=block: s.compute_inline(b))
+        for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+            self._block(schedule, block, choice)
+
+    def _block(self, schedule: Any, block: Any, choice: Choice) -> None:
+        spatial, sums = _roles(schedule, block)
+        if not spatial:
+            return
+        *outer, inner = spatial
+        wide = int(schedule.get(inner).extent)
+        if sums and wide % choice["lanes"] and wide < choice["lanes"]:
+            outer, inner = spatial, None
+        if not outer:
+            return
+        if inner is None:
+            fused = schedule.fuse(*outer)
+        else:
+            lanes = math.gcd(wide, choice["lanes"])
+            between, lane = schedule.split(inner, [None, lanes])
+            schedule.reorder(*outer, between, *sums, lane)
+            if lanes > 1:
+                schedule.vectorize(lane)
+            fused = schedule.fuse(*outer)
+        if self.machine.threads > 1:
+            schedule.parallel(fused)
+        if sums:
+            start = schedule.decompose_reduction(block, sums[0])
+            if inner is not None and lanes > 1:
+                schedule.vectorize(schedule.get_loops(start)[-1])
+
+
 # ------------------------------------------------------------------------------------------- parts
+
+
+def _tried(schedule: Any, change: Any) -> None:
+    """Change the schedule where TVM allows it."""
+    try:
+        change(schedule)
+    except Exception:  # TVM raises what it likes
+        return
 
 
 def _divisors(n: int, most: int) -> list[int]:
@@ -237,14 +306,13 @@ def _roles(schedule: Any, block: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _last(schedule: Any, block: Any) -> Any:
-    """Make one block of all that comes after `block`, and return it."""
-    while True:
-        after = list(schedule.get_consumers(block))
-        between = [one for one in after if schedule.get_consumers(one)]
-        if not between:
-            (final,) = after
-            return final
-        schedule.compute_inline(between[0])
+    """Make one block of all that comes after `block`, and of what that reads beside it, and return it."""
+    (final,) = schedule.get_output_blocks("root")
+    name = schedule.get(block).name_hint
+    for one in schedule.get_child_blocks(schedule.get_sblock("root")):
+        if schedule.get(one).name_hint not in (name, PADDED) and schedule.get_consumers(one):
+            schedule.compute_inline(one)
+    return schedule.get_sblock(schedule.get(final).name_hint)
 
 
 def _pad(schedule: Any, machine: Machine, where: Any) -> None:
