@@ -1,7 +1,7 @@
 """From an ONNX file to Relax: TVM's importer, with converters of our own where its own hide what is done.
 
-Its converters of Clip and Pad make functions at once, in which no pass sees an operator: layouts could not be changed across
-them. Ours say the same in Relax operators.
+Its converters of Clip and Pad make functions at once, in which no pass sees an operator: layouts could not be changed
+across them. Ours say the same in Relax operators.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnx
+from tvm import relax
+from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 
 from ...compiler.errors import ModelError
 from ...compiler.types import InputSpec
+from .constants import number
 
 logger = logging.getLogger(__name__)
 
 
 def imported(path: Path, inputs: Sequence[InputSpec]) -> Any:
     """Return the network as an IRModule with batch 1. ModelError where TVM's importer fails."""
-    import onnx
-    from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
-
     shapes = {spec.name: [1 if dim is None else dim for dim in spec.shape] for spec in inputs}
     said, theirs = io.StringIO(), onnx_frontend._get_convert_map()
     ours = {name: _converter(make, theirs[name]) for name, make in _OURS.items()}
@@ -69,7 +70,7 @@ def _converter(make: Convert, theirs: Any) -> Any:
 def _number(inputs: Any, index: int) -> np.ndarray | None:
     """Return a constant input's numbers; None where it is none."""
     found = inputs[index] if len(inputs) > index else None
-    return found.value.numpy() if hasattr(found, "value") else None
+    return number(found)
 
 
 def _floats(x: Any) -> bool:
@@ -78,8 +79,6 @@ def _floats(x: Any) -> bool:
 
 def bounded(x: Any, low: float | None, high: float | None) -> Any:
     """Return x between bounds; clip itself has no layout that can be changed."""
-    from tvm import relax
-
     dtype = str(x.ty.dtype)
     if low is not None and low > -np.inf:
         x = relax.op.maximum(x, relax.const(low, dtype))
@@ -102,8 +101,6 @@ def _clip(inputs: Any, attributes: dict[str, Any]) -> Any:
 
 
 def _hard_swish(inputs: Any, attributes: dict[str, Any]) -> Any:
-    from tvm import relax
-
     (x,) = inputs[:1]
     dtype = str(x.ty.dtype)
     gate = relax.op.multiply(bounded(relax.op.add(x, relax.const(3.0, dtype)), 0.0, 6.0), relax.const(1 / 6, dtype))
@@ -111,8 +108,6 @@ def _hard_swish(inputs: Any, attributes: dict[str, Any]) -> Any:
 
 
 def _hard_sigmoid(inputs: Any, attributes: dict[str, Any]) -> Any:
-    from tvm import relax
-
     (x,) = inputs[:1]
     alpha, beta = (relax.const(attributes.get(n, d), str(x.ty.dtype)) for n, d in (("alpha", 0.2), ("beta", 0.5)))
     return bounded(relax.op.add(relax.op.multiply(x, alpha), beta), 0.0, 1.0)
@@ -120,14 +115,14 @@ def _hard_sigmoid(inputs: Any, attributes: dict[str, Any]) -> Any:
 
 def _pad(inputs: Any, attributes: dict[str, Any]) -> Any:
     """Pad with a constant, by numbers that are known, on all axes, nowhere less than nothing."""
-    from tvm import relax
-
     pads, fill = _number(inputs, 1), _number(inputs, 2)
     plain = attributes.get("mode", b"constant") == b"constant" and (len(inputs) < 4 or inputs[3] is None)
     if pads is None or not plain or (pads < 0).any() or (fill is None and len(inputs) > 2 and inputs[2] is not None):
         return None
     widths = np.asarray(pads).reshape(2, -1).T.reshape(-1)
-    return relax.op.nn.pad(inputs[0], [int(i) for i in widths], "constant", 0.0 if fill is None else float(fill.reshape(())))
+    return relax.op.nn.pad(
+        inputs[0], [int(i) for i in widths], "constant", 0.0 if fill is None else float(fill.reshape(()))
+    )
 
 
 _OURS: dict[str, Convert] = {"Clip": _clip, "HardSwish": _hard_swish, "HardSigmoid": _hard_sigmoid, "Pad": _pad}

@@ -1,7 +1,8 @@
 """Dot products of bytes as instructions: lanes of 32 bits, to each of which four products of bytes are added.
 
-TVM has these, but of VNNI in a form that its LLVM no longer takes (operands are <64 x i8> there now), and for sums in memory only;
-ours are in registers ("local"). See Intel's Software Developer's Manual, VPDPBUSD, and Arm's ARM, SDOT (by element).
+TVM has these, but of VNNI in a form that its LLVM no longer takes (operands are <64 x i8> there now), and for sums in
+memory only; ours are in registers ("local"). See Intel's Software Developer's Manual, VPDPBUSD, and Arm's ARM, SDOT
+(by element).
 """
 # The bodies are TVMScript, which Python parses and TVM reads: they are never run.
 # mypy: ignore-errors

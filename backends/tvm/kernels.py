@@ -6,11 +6,11 @@ channel o of group g lies in lane o % L of block o / L; the last block is filled
     acc[n, h, w, g, o] = sum_{kh, kw, c} P[n, h s + kh d, w s + kw d, g C' + c] W[g, o / L, kh, kw, c, o % L]
     y[n, h, w, g O' + o] = acc[n, h, w, g, o]    for o < O'
 
-P is the padded input, C' and O' are a group's channels. So one lane of a register belongs to one output channel, a weight is one aligned load, an input one
-broadcast (NHWC, after NeoCPU: Liu et al., "Optimizing CNN model inference on CPUs", USENIX ATC 2019, who block both).
-Integers go by fours of channels, c = 4 q + i, with W[g, o / L, kh, kw, q, o % L, i], as dot products of bytes want them.
-Depthwise layers have lanes of channels: acc[n, h, w, c] = sum_{kh, kw} P[n, .., .., c] W[kh, kw, c].
-Products (MatMul, Gemm) are the same with rows in place of positions and no taps.
+P is the padded input, C' and O' are a group's channels. So one lane of a register belongs to one output channel, a
+weight is one aligned load, an input one broadcast (NHWC, after NeoCPU: Liu et al., "Optimizing CNN model inference on
+CPUs", USENIX ATC 2019, who block both). Integers go by fours of channels, c = 4 q + i, with W[g, o / L, kh, kw, q, o %
+L, i], as dot products of bytes want them. Depthwise layers have lanes of channels: acc[n, h, w, c] = sum_{kh, kw} P[n,
+.., .., c] W[kh, kw, c]. Products (MatMul, Gemm) are the same with rows in place of positions and no taps.
 
 Weights are laid out here, when the network is compiled. What comes after a layer (bias, ReLU, a sum, rounding) is fused
 behind it by TVM: `op_pattern` allows it.
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tvm import te, tirx
 
 #: The block that sums, and the one that fills up: what schedules look for.
 CONTRACTION, DEPTHWISE, PADDED = "contraction", "depthwise", "padded"
@@ -31,7 +32,7 @@ _FOUR = 4
 
 @dataclass(frozen=True)
 class Window:
-    """Where a layer's taps lie: kernel, strides, dilations; pads are (top, left, bottom, right), and what fills them."""
+    """Where taps lie: kernel, strides, dilations; pads are (top, left, bottom, right), filled with `fill`."""
 
     kernel: tuple[int, int] = (1, 1)
     strides: tuple[int, int] = (1, 1)
@@ -94,15 +95,11 @@ def packed_depthwise(weight: np.ndarray, lanes: int) -> np.ndarray:
 
 def dims(sizes: Sequence[int]) -> list[Any]:
     """Return sizes as Relax has them: 64 bits."""
-    from tvm import tirx
-
     return [tirx.IntImm("int64", size) for size in sizes]
 
 
 def convolution(x: Any, weight: Any, outputs: int, window: Window) -> Any:
     """Return acc and y above as TE tensors: x is [N, H, W, C], weight as `packed` gives it."""
-    from tvm import te
-
     n, height, width, channels = (int(i) for i in x.shape)
     groups, _, kh, kw = (int(i) for i in weight.shape[:4])
     fours = len(weight.shape) == 7
@@ -111,7 +108,11 @@ def convolution(x: Any, weight: Any, outputs: int, window: Window) -> Any:
     (sh, sw), (dh, dw) = window.strides, window.dilations
     depth = int(weight.shape[4]) * (_FOUR if fours else 1)
     p = _padded(x, window, room, depth if groups == 1 else channels)
-    axes = [te.reduce_axis(_range(kh), "kh"), te.reduce_axis(_range(kw), "kw"), te.reduce_axis(_range(int(weight.shape[4])), "q")]
+    axes = [
+        te.reduce_axis(_range(kh), "kh"),
+        te.reduce_axis(_range(kw), "kw"),
+        te.reduce_axis(_range(int(weight.shape[4])), "q"),
+    ]
     if fours:
         axes.append(te.reduce_axis(_range(_FOUR), "i"))
 
@@ -130,8 +131,6 @@ def convolution(x: Any, weight: Any, outputs: int, window: Window) -> Any:
 
 def depthwise(x: Any, weight: Any, window: Window) -> Any:
     """Return y for [N, H, W, C] and [kh, kw, C], the latter filled up, as TE tensors."""
-    from tvm import te
-
     n, height, width, channels = (int(i) for i in x.shape)
     kh, kw, room = (int(i) for i in weight.shape)
     high, wide = window.size(height, width)
@@ -154,8 +153,6 @@ def depthwise(x: Any, weight: Any, window: Window) -> Any:
 
 def product(x: Any, weight: Any, outputs: int) -> Any:
     """Return y for [..., K] and weights [1, blocks, 1, 1, ...] as TE tensors."""
-    from tvm import te, tirx
-
     lead = [int(i) for i in x.shape[:-1]]
     fours = len(weight.shape) == 7
     rows, room = lead[-1], rows_in_tiles(lead[-1])
@@ -194,8 +191,6 @@ def _wide(value: Any) -> Any:
 
 def _padded(x: Any, window: Window, room: int, channels: int) -> Any:
     """Return the input with zeros around it, and with as many columns and channels as are computed; itself if it is."""
-    from tvm import te, tirx
-
     n, height, width, had = (int(i) for i in x.shape)
     top, left, bottom, _ = window.pads
     across = (room - 1) * window.strides[1] + (window.kernel[1] - 1) * window.dilations[1] + 1

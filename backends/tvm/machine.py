@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tvm.target.codegen import target_has_features as has
+
 from . import intrinsics
 
 
 @dataclass(frozen=True)
 class Dot:
-    """An instruction that adds four products of bytes to each 32-bit lane: TVM's name of it, and its operands' types."""
+    """An instruction that adds four products of bytes to each 32-bit lane: TVM's name of it, its operands' types."""
 
     intrinsic: str
     activations: str
@@ -38,8 +40,6 @@ _DOTS = (
 
 def machine_of(target: Any) -> Machine:
     """Return what a TVM target of kind llvm says of its processor."""
-    from tvm.target.codegen import target_has_features as has
-
     intrinsics.register()
     lanes, registers = next((lanes, count) for name, lanes, count in _VECTORS if not name or has(name, target))
     dot = next((dot for name, width, dot in _DOTS if width == lanes and has(name, target)), None)

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...compiler.errors import ModelError, UnavailableError
 from ...compiler.types import InputSpec
+
+_PROVIDERS = {"cpu": "TVM, llvm", "cuda": "TVM, cuda"}
+
+
+def opened(path: Path, threads: int) -> Module:
+    """Open a library with what is said beside it. ModelError if it is broken, UnavailableError without its device."""
+    try:
+        facts = json.loads(path.with_suffix(path.suffix + ".json").read_text(encoding="utf-8"))
+        return Module(path, facts, threads)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        why = str(error).strip().splitlines()[:1]
+        raise ModelError(f"it does not load: {' '.join(why)}", where=str(path), fix="compile again") from error
 
 
 class Module:
-    """A Runner over one Relax virtual machine on this CPU. A module built for batch 1 takes more images one by one."""
+    """A Runner over one Relax virtual machine. A module built for batch 1 takes more images one by one."""
 
-    def __init__(self, path: Path, inputs: tuple[InputSpec, ...], outputs: tuple[str, ...], threads: int) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any], threads: int) -> None:
+        """Load the library; `facts` is what is said beside it."""
         import tvm
         from tvm import relax
 
-        self.inputs, self.outputs, self.provider = inputs, outputs, "TVM, llvm"
+        self.inputs = tuple(InputSpec(name, dtype, tuple(shape)) for name, dtype, shape in facts["inputs"])
+        self.outputs, self.provider = tuple(facts["outputs"]), _PROVIDERS[facts["device"]]
+        self.calls = [(name, node) for name, node in facts.get("calls", [])]
         if threads:
             tvm.get_global_func("runtime.config_threadpool")(1, threads)
-        self._tensor, self._device = tvm.runtime.tensor, tvm.cpu()
-        self._main = relax.VirtualMachine(tvm.runtime.load_module(str(path)), self._device)["main"]
+        self._device = tvm.device(facts["device"])
+        if facts["device"] != "cpu" and not self._device.exist:
+            raise UnavailableError("there is no CUDA GPU here", where=str(path), fix="open it on the device")
+        self._tensor = tvm.runtime.tensor
+        library = tvm.runtime.load_module(str(path))
+        self._machine: Any = relax.VirtualMachine(library, self._device)
+        self._main = self._machine["main"]
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once, or once for each image; `feed` holds every input."""
@@ -33,6 +56,40 @@ class Module:
         free = [spec.shape[:1] == (None,) for spec in self.inputs]
         each = [self._once([a[i : i + 1] if f else a for a, f in zip(given, free, strict=True)]) for i in range(batch)]
         return {name: np.concatenate([one[name] for one in each]) for name in self.outputs}
+
+    def profile(self, feed: Mapping[str, np.ndarray], runs: int = 30) -> list[tuple[str, str | None, float]]:
+        """Return each call of a function, its ONNX node where one is known, and its median milliseconds.
+
+        The machine calls back before and after each function; on a GPU, which runs behind, that times nothing.
+        """
+        from tvm import relax
+
+        samples: list[list[float]] = []
+        names: list[str] = []
+        now: list[float] = []
+
+        def watch(function: Any, name: str, before: bool, value: Any, *arguments: Any) -> int:
+            if not name.startswith("vm.builtin."):
+                if before:
+                    names.append(name)
+                    now.append(time.perf_counter())
+                else:
+                    now[-1] = time.perf_counter() - now[-1]
+            return int(relax.VMInstrumentReturnKind.NO_OP)
+
+        self._machine.set_instrument(watch)
+        try:
+            for _ in range(runs):
+                names.clear()
+                now.clear()
+                self.run(feed)
+                samples.append(list(now))
+        finally:
+            self._machine = None
+        medians = 1e3 * np.median(np.array(samples), axis=0)
+        nodes = [node for name, node in self.calls]
+        known = nodes if [name for name, _ in self.calls] == names else [None] * len(names)
+        return [(name, node, float(ms)) for name, node, ms in zip(names, known, medians, strict=True)]
 
     def _once(self, given: list[np.ndarray]) -> dict[str, np.ndarray]:
         found: Any = self._main(*(self._tensor(array, self._device) for array in given))

@@ -1,7 +1,7 @@
 """How a function is run on a processor: which schedules it may have, and the application of one.
 
-A space is a class of functions, recognised by a block, with its choices as plain numbers, the best guess first. For sums
-with constant weights the choices are the tile of positions and channels that is kept in vector registers,
+A space is a class of functions, recognised by a block, with its choices as plain numbers, the best guess first. For
+sums with constant weights the choices are the tile of positions and channels that is kept in vector registers,
 
     for rows, weights (in either order):         a stretch of rows; the padded input is made for it
         for tile:                                acc[rows, columns, blocks, lanes] in registers, all unrolled
@@ -216,7 +216,7 @@ class Depthwise:
 
 @dataclass(frozen=True)
 class Plain:
-    """Everything else: what can be computed where it is used is, rows are spread over threads, the last axis over lanes."""
+    """Everything else: what can be is computed where it is used, the last axis is spread over lanes."""
 
     name: ClassVar[str] = "plain"
     machine: Machine

@@ -1,146 +1,152 @@
-"""Schedules for a network's functions, found by trying: MetaSchedule's spaces, our own loop, in this process.
+"""Schedules found by trying: each function's choices, timed on the target, as long as time is left or something may be
+won.
 
-A task is a fused function and how often the network calls it. Each round draws some schedules at random from the space
-of one task, builds and times them, and goes to the task where most time may be lost: calls times the best time, less
-with every round that found nothing. What was found is kept in a database under the target and the versions, keyed by
-the function itself but for its constants, so that a second compile, or the same layer of another model, starts there.
-
-MetaSchedule's own builder starts a process a candidate, seconds each; here one takes a tenth of a second. What a
-candidate cannot compile or run is skipped. Ctrl-C ends the tuning and keeps what was found.
+The turn goes to the function where most time may be lost: calls times its best time, less with every round that found
+nothing. A round tries what was best for similar functions, then the space's first guesses, then the best's neighbours:
+choices that differ from it in the fewest numbers. A choice replaces the best only if it wins a second time, side by
+side. What is found is kept at once (records.py), so Ctrl-C, or the end of the time, costs what was not tried and
+nothing else.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import platformdirs
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from ...compiler.types import Progress, silent
-from .module import Imported
+from .clock import Clock
+from .network import Function, Network, with_schedule
+from .records import Record, Records
+from .schedules import Choice
 
-logger = logging.getLogger(__name__)
-
-#: Schedules that are drawn, built and timed in a round; in a task's first one, so that each has its turn soon.
-_ROUND, _FIRST = 12, 4
-#: What a round without a gain takes off a task's turn.
-_PATIENCE = 0.8
+#: Choices that are timed in a round; in a function's first one so many guesses.
+_ROUND = 6
+#: What a round without a gain takes off a function's turn, and when a turn is no longer worth it: a share of the whole.
+_PATIENCE, _WORTH = 0.5, 0.005
+#: Rounds after which a function of an earlier compile is taken as it is.
+_ENOUGH = 2
+#: A choice is better if it takes less than this share of the best.
+_BETTER = 0.985
 
 
 @dataclass
 class Task:
-    """One fused function: how often it is called, its best time in seconds, rounds so far, and its turn's weight."""
+    """One function under way: its best record, what was tried of it, and the weight of its turn."""
 
-    name: str
-    function: Any
-    calls: int
-    best: float = float("inf")
+    function: Function
+    best: Record | None = None
+    tried: set[tuple[tuple[str, int], ...]] = field(default_factory=set)
     rounds: int = 0
     hope: float = 1.0
+    known: bool = False
 
     @property
-    def turn(self) -> float:
-        """What may be lost here, in seconds; tasks that were never tried come first."""
-        return float("inf") if not self.rounds else self.calls * self.best * self.hope
+    def seconds(self) -> float:
+        """What the function takes of the network's time, as far as it is known."""
+        return 0.0 if self.best is None else self.function.calls * self.best.seconds
 
 
 @dataclass
 class Tuned:
-    """What tuning came to: the records (a MetaSchedule database), the tasks, and how many schedules were timed."""
+    """What tuning came to: a choice for each function by name, its seconds, and how many schedules were timed."""
 
-    records: Any
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[Task]
     trials: int = 0
     failed: int = 0
     interrupted: bool = False
 
-
-def records_of(target: Any, folder: Path | None = None) -> Any:
-    """Return the database of this target and these versions, on disk."""
-    import tvm
-    from tvm.s_tir import meta_schedule as ms
-
-    key = hashlib.sha256(f"{target.export()} {tvm.__version__}".encode()).hexdigest()[:16]
-    place = (folder or Path(platformdirs.user_cache_dir("edgec")) / "tvm") / key
-    place.mkdir(parents=True, exist_ok=True)
-    return ms.database.JSONDatabase(work_dir=str(place), module_equality="ignore-tensor")
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """The best choice that is known of each function."""
+        return {t.function.name: t.best.choice for t in self.tasks if t.best is not None}
 
 
 def tune(
-    network: Imported, seconds: float, *, seed: int = 0, progress: Progress = silent, folder: Path | None = None
+    network: Network, records: Records, clock: Clock | None, seconds: float, *, progress: Progress = silent
 ) -> Tuned:
-    """Look for schedules for so many seconds; with 0, only records of before are used."""
-    from tvm.s_tir import meta_schedule as ms
-
-    found = Tuned(records_of(network.target, folder))
-    for one in ms.relax_integration.extract_tasks(network.module, network.target, module_equality="ignore-tensor"):
-        task = Task(one.task_name, one.dispatched[0], int(one.weight))
-        known = found.records.query_tuning_record(task.function, network.target, task.name)
-        if known is not None:
-            task.best, task.rounds = float(np.median([float(s) for s in known.run_secs])), 1
-        found.tasks.append(task)
+    """Look for schedules for at most so many seconds; with 0, or without a clock, only records of before are used."""
+    tasks = []
+    for function in network.functions:
+        if function.space is not None:
+            record = records.get(function)
+            tasks.append(Task(function, record, known=record is not None and record.rounds >= _ENOUGH))
+    found = Tuned(tasks)
+    if clock is None:
+        return found
     start = time.monotonic()
     try:
-        while found.tasks and time.monotonic() - start < seconds:
-            task = max(found.tasks, key=lambda t: t.turn)
-            _round(network.target, task, found, start + seconds, seed + found.trials + found.failed)
-            total = 1e3 * sum(t.calls * t.best for t in found.tasks if t.best < float("inf"))
+        while time.monotonic() - start < seconds:
+            task = _next(tasks)
+            if task is None:
+                break
+            _round(task, found, records, clock, start + seconds)
+            total = 1e3 * sum(t.seconds for t in tasks)
             progress(f"tuning, {total:.3g} ms so far", int(time.monotonic() - start), int(seconds))
     except KeyboardInterrupt:
         found.interrupted = True
     return found
 
 
-def _round(target: Any, task: Task, found: Tuned, deadline: float, seed: int) -> None:
-    from tvm.s_tir import meta_schedule as ms
+def _next(tasks: list[Task]) -> Task | None:
+    """Return the function whose turn it is: those that were never tried first; None where nothing is worth a try."""
+    fresh = [t for t in tasks if t.best is None and not t.rounds]
+    if fresh:
+        return max(fresh, key=lambda t: t.function.calls)
+    whole = sum(t.seconds for t in tasks)
+    worth = [t for t in tasks if not t.known and t.best is not None and t.seconds * t.hope > _WORTH * whole]
+    return max(worth, key=lambda t: t.seconds * t.hope, default=None)
 
-    context = ms.TuneContext(
-        mod=task.function, target=target, space_generator="post-order-apply", search_strategy="replay-trace",
-        task_name=task.name, num_threads=1, rand_state=seed + 1,
-    )  # fmt: skip
-    scratch = ms.database.MemoryDatabase()
-    count = _ROUND if task.rounds else _FIRST
-    context.pre_tuning(count, count, database=scratch, cost_model=ms.CostModel.create("random"))
-    workload, before = found.records.commit_workload(task.function), task.best
-    for candidate in context.generate_measure_candidates() or []:
-        if time.monotonic() > deadline:
+
+def _round(task: Task, found: Tuned, records: Records, clock: Clock, deadline: float) -> None:
+    before = task.best
+    for choice in _candidates(task, records):
+        if time.monotonic() > deadline and task.best is not None:
             break
-        seconds = _timed(candidate, target)
+        task.tried.add(_key(choice))
+        body = with_schedule(task.function, choice)
+        seconds = None if body is None else clock.seconds(body)
         if seconds is None:
             found.failed += 1
             continue
         found.trials += 1
-        if seconds < task.best:
-            task.best = seconds
-            record = ms.database.TuningRecord(candidate.sch.trace, workload, [seconds], target, candidate.args_info)
-            found.records.commit_tuning_record(record)
+        if task.best is None or (seconds < _BETTER * task.best.seconds and _again(task, body, seconds, clock)):
+            task.best = Record(choice, seconds)
     task.rounds += 1
-    task.hope = 1.0 if task.best < 0.98 * before else task.hope * _PATIENCE
+    gained = task.best is not None and (before is None or task.best.choice != before.choice)
+    task.hope = 1.0 if gained else task.hope * _PATIENCE
+    if task.best is not None:
+        records.put(task.function, replace(task.best, rounds=task.rounds))
 
 
-def _timed(candidate: Any, target: Any) -> float | None:
-    """Return the seconds of a schedule; None where it cannot be built or run."""
-    import tvm
-
-    try:
-        module = tvm.compile(candidate.sch.mod, target=target)
-        given = [_filled(p) for p in candidate.sch.mod["main"].params]
-        timer = module.mod.time_evaluator("main", tvm.cpu(), number=1, repeat=3, min_repeat_ms=1)
-        return float(timer(*given).median)
-    except Exception as error:  # TVM raises what it likes
-        logger.debug("a schedule failed: %s", str(error).splitlines()[:1])
-        return None
+def _again(task: Task, body: object, seconds: float, clock: Clock) -> bool:
+    """Say whether a choice wins beside the best once more."""
+    assert task.best is not None
+    best = clock.seconds(with_schedule(task.function, task.best.choice))
+    again = clock.seconds(body)
+    if best is None or again is None:
+        return False
+    task.best = Record(task.best.choice, min(best, task.best.seconds))
+    return min(again, seconds) < task.best.seconds
 
 
-def _filled(parameter: Any) -> Any:
-    """Return random numbers of a parameter's shape and type: zeros may take another time."""
-    import tvm
+def _candidates(task: Task, records: Records) -> Iterator[Choice]:
+    """Yield the next choices to try, at most a round of them."""
+    space = task.function.space
+    assert space is not None
+    choices = space.choices()
+    known = {_key(c): c for c in choices}
+    if not task.rounds:
+        ahead = [known[_key(c)] for c in records.alike(task.function)[:2] if _key(c) in known]
+        ordered = [*ahead, *choices]
+    elif task.best is not None:
+        best = task.best.choice
+        ordered = sorted(choices, key=lambda c: sum(c[name] != best.get(name) for name in c))
+    else:
+        ordered = choices
+    fresh = list({_key(c): c for c in ordered if _key(c) not in task.tried}.values())
+    yield from fresh[:_ROUND]
 
-    kind = parameter.ty if hasattr(parameter, "ty") else parameter
-    shape, dtype = [int(i) for i in kind.shape], str(kind.dtype)
-    return tvm.runtime.tensor(np.random.default_rng(0).random(shape).astype(dtype))
+
+def _key(choice: Choice) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(choice.items()))

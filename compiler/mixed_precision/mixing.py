@@ -80,8 +80,11 @@ class Mix:
 
 
 def possible(this: Job) -> bool:
-    """Say whether mixtures are looked for: there must be images; INT8 wants latencies that are measured here."""
-    if this.images is None or "mixed-precision" in this.options.without:
+    """Say whether mixtures are looked for: there must be images; INT8 wants latencies that are measured here.
+
+    Layers are timed by ONNX Runtime's profiler, which says nothing of other backends' kernels.
+    """
+    if this.images is None or "mixed-precision" in this.options.without or not this.backend.runs_onnx:
         return False
     return this.options.precision == "w4a8" or (this.options.precision in ("auto", "int8") and this.target is not None)
 

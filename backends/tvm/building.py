@@ -1,0 +1,136 @@
+"""One module, from an ONNX file to a library beside it: tuned, compiled, exported, and held against ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...compiler import devices
+from ...compiler import model as model_io
+from ...compiler.errors import UnavailableError
+from ...compiler.types import DeviceProfile
+from ..base import Lowering
+from . import clock, cuda, layers, network, records, targets, tuning
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
+
+_LAYERS = ("Conv", "Gemm", "MatMul")
+_ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
+#: How far a module's outputs may be from ONNX Runtime's, relative to their largest: in float32, and where integers are
+#: rounded, since a tie that falls the other way is a step of a Q, and grows.
+_IN_FLOATS, _IN_INTEGERS = 1e-4, 0.05
+#: What links for a processor that is not this machine's, by the triple's first part; Debian's package of it.
+_LINKERS = {"aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")}
+
+
+def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
+    """Write the library beside the ONNX file and return it: model.so, or model.tar if only the device can link it."""
+    graph = model_io.load(model)
+    inputs = model_io.input_specs(graph)
+    rounds = any(node.op_type in _ROUNDING for node in graph.graph)
+    here = devices.is_this_machine(profile)
+    target = targets.target_of(profile, how.threads)
+    facts: dict[str, Any] = {
+        "inputs": [[spec.name, spec.dtype, spec.shape] for spec in inputs],
+        "outputs": [value.name for value in graph.graph.outputs],
+        "target": str(target.export()),
+        "device": "cuda" if str(target.kind.name) == "cuda" else "cpu",
+        "tvm": metadata.version("apache-tvm"),
+    }
+    if facts["device"] == "cuda":
+        executable = cuda.built(model, inputs, target)
+    else:
+        net = network.prepared(model, inputs, target)
+        found = _tuned(net, how, here)
+        executable = network.built(net, found.choices)
+        facts |= _told(net, found, graph)
+    library = _exported(executable, model, profile, targets.cpu_of(profile).triple)
+    library.with_suffix(library.suffix + ".json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    if here:
+        _proven(model, library, how, _IN_INTEGERS if rounds else _IN_FLOATS)
+    return library
+
+
+def _tuned(net: network.Network, how: Lowering, here: bool) -> tuning.Tuned:
+    watch = clock.Here(net.target, how.threads) if here else None
+    return tuning.tune(net, records.Records(net.target), watch, how.tune, progress=how.progress)
+
+
+def _told(net: network.Network, found: tuning.Tuned, graph: ir.Model) -> dict[str, Any]:
+    """Return what a module is made of: each call with the ONNX node whose weights it has, each function's schedule."""
+    nodes = _nodes_by_weight(graph)
+    chosen = {t.function.name: t for t in found.tasks}
+    functions = {}
+    for name, task in chosen.items():
+        best = task.best
+        functions[name] = {
+            "space": None if task.function.space is None else task.function.space.name,
+            "schedule": None if best is None else dict(best.choice),
+            "us": None if best is None else round(1e6 * best.seconds, 3),
+            "calls": task.function.calls,
+        }
+    return {
+        "schedules tried": found.trials,
+        "schedules that failed": found.failed,
+        "functions": functions,
+        "calls": [[name, nodes.get(weight) if weight else None] for name, weight in net.calls],
+    }
+
+
+def _nodes_by_weight(graph: ir.Model) -> dict[str, str]:
+    """Return ONNX nodes by the hash of their weights, as layers.py has them before it lays them out."""
+    found = {}
+    for node in graph.graph:
+        weight = node.inputs[1] if node.op_type in _LAYERS and len(node.inputs) > 1 else None
+        before = None if weight is None else weight.producer()
+        if before is not None and before.op_type == "DequantizeLinear":
+            weight = before.inputs[0]
+        if weight is None or weight.const_value is None:
+            continue
+        array = weight.const_value.numpy()
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+        elif "transB" in node.attributes and node.attributes["transB"].as_int():
+            array = array.T
+        found[layers.hashed(array)] = node.name or node.outputs[0].name or node.op_type
+    return found
+
+
+def _exported(executable: Any, model: Path, profile: DeviceProfile, triple: str) -> Path:
+    library, archive = model.with_suffix(".so"), model.with_suffix(".tar")
+    arch = triple.partition("-")[0]
+    if arch == devices.machine_arch():
+        executable.export_library(str(library))
+        return library
+    linker, package = _LINKERS.get(arch, ("", ""))
+    if shutil.which(linker):
+        executable.export_library(str(library), cc=linker)
+        return library
+    logger.info("%s is not here (Debian: %s): objects alone, which are linked on the device", linker, package)
+    executable.export_library(str(archive))
+    return archive
+
+
+def _proven(model: Path, library: Path, how: Lowering, agree: float) -> None:
+    """Compare the module's outputs with ONNX Runtime's, optimisations off. UnavailableError where they differ."""
+    from ..ort import Session
+    from .runner import opened
+
+    module, session = opened(library, how.threads), Session(model, threads=how.threads, optimise=False)
+    feed = model_io.sample_inputs(module.inputs, how.seed)
+    wanted = session.run(feed)
+    for name, given in module.run(feed).items():
+        scale = float(np.abs(wanted[name]).max()) or 1.0
+        error = float(np.abs(given.astype(np.float64) - wanted[name]).max()) / scale
+        if not error <= agree:
+            why = f"TVM's module gives other numbers than ONNX Runtime: {name} is off by {error:.1e} of its largest"
+            raise UnavailableError(why, where="backend tvm", fix="use --backend ort, and report it with the model")
