@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from .._version import __version__
 from ..passes.quant_params import needed_opset
-from . import bundle, devices, exploration, files, guard, job, layers, pipeline, wording
+from . import bundle, devices, exploration, files, guard, job, layers, pipeline, rivals, wording
 from . import model as model_io
 from .candidates import Candidate, Lossy, save
 from .errors import BudgetError
@@ -60,8 +60,9 @@ def _compile(
     scheme = job.quant_scheme(this)
     opset = None if scheme is None else needed_opset(scheme)
     float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
+    job.refuse_unsupported(this, float_model)
     baseline = save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
-    tried = exploration.tried(this, float_model, baseline, scheme, prover)
+    tried, not_rivals = rivals.raced(exploration.tried(this, float_model, baseline, scheme, prover))
     base, found, cut, state = tried.base, tried.found, tried.cut, tried.state
     this, attempts, chosen, attempt = tried.this, tried.attempts, tried.chosen, tried.attempt
     records += _passes(base, found, chosen)
@@ -87,7 +88,7 @@ def _compile(
         refusals=refusals,
         calibration=found.calibration,
         preprocess=this.preprocess,
-        warnings=(*filter(None, [found.why_not]), *wording.warnings(this, chosen.precision)),
+        warnings=(*filter(None, [found.why_not]), *not_rivals, *wording.warnings(this, chosen.precision)),
         advice=wording.advice(this, attempts),
         versions=_versions(),
         machine=devices.local_profile().title,

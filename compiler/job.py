@@ -102,7 +102,6 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         judged = folder.open_folder(options.eval, pre, specs)
     elif images is not None:
         images, judged = images.split(options.seed)
-    _refuse_unsupported(backend, profile, model)
     found = Job(
         path=path,
         options=options,
@@ -279,12 +278,13 @@ def _objection(job: Job, found: QuantScheme | FloatScheme | str, precision: str)
     return None
 
 
-def _refuse_unsupported(backend: Backend, profile: DeviceProfile, model: ir.Model) -> None:
-    refusals = backend.check(model, profile)
+def refuse_unsupported(this: Job, model: ir.Model) -> None:
+    """Raise UserError for what the backend cannot run in a model behind the exact passes."""
+    refusals = this.backend.check(model, this.profile)
     if refusals:
         lines = "; ".join(f"{r.node}: {r.why}" for r in refusals[:5])
         raise UserError(
             f"{len(refusals)} nodes cannot run there: {lines}",
-            where=f"backend {backend.name}",
+            where=f"backend {this.backend.name}",
             fix="choose --backend ort",
         )

@@ -1,5 +1,11 @@
-"""The TVM backend: what it refuses without TVM, and, where apache-tvm is installed, what it builds."""
+"""The TVM backend: what it refuses, and, where apache-tvm is installed, what it builds beside ONNX Runtime.
 
+test_tvm_layers.py has the layers and operators one by one.
+"""
+
+import json
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -29,6 +35,11 @@ def written(folder, text=NET, name="model.onnx"):
     return folder / name
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 # ------------------------------------------------------------------------------------------- without TVM
 
 
@@ -43,9 +54,38 @@ def test_what_the_importer_lacks_is_refused_by_name(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_integers_are_refused_with_what_to_do():
-    schemes = base.load("tvm").schemes(LOCAL)
-    assert set(schemes) == set(base.SCHEMED) and "--backend ort" in schemes["int8"]
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        ("y = LSTM <hidden_size = 4> (x, x, x)", "no LSTM"),
+        ("y = Attention (x, x, x)", "com.microsoft's Attention alone"),
+        ("y = Resize <antialias = 1, mode = \"linear\"> (x, , s)", "no Resize with antialias 1"),
+        ("y = Resize <mode = \"linear\"> (x, , s)", "whole sizes alone"),
+        ("y, i = MaxPool <kernel_shape = [2,2]> (x)\n z = Cast <to = 1> (i)", "first output alone"),
+        ("y = IsInf <detect_negative = 0> (x)", "no IsInf with detect_negative 0"),
+        ("y = Mod (x, x)", "Mod of floats is fmod"),
+        ("q = Cast <to = 22> (x)\n y = Cast <to = 1> (q)", "no arithmetic for int4"),
+    ],
+)  # fmt: skip
+def test_what_the_importer_gets_wrong_is_refused_with_its_reason(node, why):
+    text = f"g (float[1,4,5,5] x) => (float[a,b,c,d] y) <float[4] s = {{1.0, 1.0, 1.5, 1.5}}> {{ {node} }}"
+    model = zoo.model(text, opset=23)
+    for found in model.graph:
+        if found.op_type == "Cast" and found.outputs[0].name == "q":
+            found.outputs[0].dtype = model_io.ir.DataType.INT4
+    assert any(why in refusal.why for refusal in support.refusals(model))
+
+
+def test_what_is_rewritten_is_not_refused():
+    model = zoo.model("g (float[1,2,4,4] x) => (float[1,2,4,4] y) { y = Max (x, x) }")
+    assert not list(support.refusals(model))
+    assert not support.ADDED & support.OPERATORS
+
+
+def test_integers_are_had_on_cpus_and_nothing_narrower():
+    schemes = base.load("tvm").schemes(devices.find("raspberry-pi-5"))
+    assert set(schemes) == set(base.SCHEMED) and schemes["int8"].activation == "uint8"
+    assert "--backend ort" in schemes["fp8"] and "CUDA" in base.load("tvm").schemes(devices.find("rtx-4090"))["int8"]
 
 
 @pytest.mark.skipif(find_spec("tvm") is not None, reason="TVM is installed here")
@@ -55,12 +95,14 @@ def test_without_tvm_it_says_how_to_get_it(tmp_path):
     assert "edgec[tvm]" in caught.value.fix
 
 
+def test_nothing_of_tvm_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys; from edgec.backends import base; base.load('tvm').unavailable(); assert 'tvm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # ------------------------------------------------------------------------------------------- with TVM
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @installed
@@ -71,9 +113,9 @@ def test_the_table_is_that_of_the_installed_version():
 
 
 @installed
-def test_a_bundle_gives_what_onnx_runtime_gives_and_takes_any_batch(tmp_path, cache):
+def test_a_bundle_gives_what_onnx_runtime_gives_and_takes_any_batch(tmp_path):
     path = written(tmp_path)
-    report = api.compile(path, tmp_path / "out", backend="tvm", precision="fp32", tune=4, threads=1)
+    report = api.compile(path, tmp_path / "out", backend="tvm", precision="fp32", tune=2, threads=1)
     assert report.backend == "tvm" and report.result.provider == "TVM, llvm" and report.original.provider != "TVM, llvm"
     assert (tmp_path / "out" / "model.so").is_file() and not list(tmp_path.glob("*.so"))
     x = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)
@@ -83,34 +125,105 @@ def test_a_bundle_gives_what_onnx_runtime_gives_and_takes_any_batch(tmp_path, ca
 
 
 @installed
-def test_a_second_compile_starts_from_the_records_of_the_first(tmp_path, cache):
-    from edgec.backends.tvm import module, tuning
-
+def test_the_bundle_says_what_the_module_is_made_of(tmp_path):
     path = written(tmp_path)
-    target = module.target_of(module.host_cpu(1))
-    network = module.imported(path, model_io.input_specs(model_io.load(path)), target)
-    first = tuning.tune(network, 6.0, folder=tmp_path / "records")
-    again = tuning.tune(network, 0.0, folder=tmp_path / "records")
-    assert first.trials > 0 and again.trials == 0
-    known = {task.name: task.best for task in first.tasks if task.best < float("inf")}
-    assert known and {task.name: task.best for task in again.tasks if task.name in known} == pytest.approx(known)
+    api.compile(path, tmp_path / "out", backend="tvm", precision="fp32", tune=2, threads=1)
+    facts = json.loads((tmp_path / "out" / "model.so.json").read_text())
+    assert facts["schedules tried"] > 0 and "llvm" in facts["target"]
+    tuned = [f for f in facts["functions"].values() if f["space"] == "contraction"]
+    assert tuned and all(f["us"] > 0 and f["schedule"]["wide"] > 0 for f in tuned)
+    assert {node for _, node in facts["calls"] if node} == {n.name or n.outputs[0].name for n in model_io.load(
+        tmp_path / "out" / "model.onnx").graph if n.op_type in ("Conv", "Gemm")}  # fmt: skip
 
 
 @installed
-def test_a_second_network_with_the_same_layers_has_their_records(tmp_path, cache):
-    """Weights are no part of the key."""
-    from edgec.backends.tvm import module, tuning
+def test_calls_are_timed_and_joined_to_onnx_nodes(tmp_path):
+    api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", tune=0, threads=1)
+    runner = api.open_bundle(tmp_path / "out", threads=1).runner
+    feed = model_io.sample_inputs(runner.inputs, 0)
+    rows = runner.profile(feed, runs=5)
+    assert [node for _, node, _ in rows if node] == ["node_Conv", "node_Gemm"] and all(ms > 0 for _, _, ms in rows)
+    assert [name for name, _, _ in rows] == [name for name, _ in runner.calls]
+    assert runner.run(feed)  # it runs as before
 
-    target = module.target_of(module.host_cpu(1))
+
+def prepared(path, threads=1):
+    from edgec.backends.tvm import network, targets
+
+    return network.prepared(path, model_io.input_specs(model_io.load(path)), targets.target_of(LOCAL, threads))
+
+
+class Stopwatch:
+    """A clock that needs no machine: the seconds are those of a table by order of asking, or always the same."""
+
+    def __init__(self, seconds=1e-3, broken=(), interrupt=None):
+        self.asked, self.constant, self.broken, self.interrupt = 0, seconds, set(broken), interrupt
+
+    def seconds(self, body, repeats=5):
+        self.asked += 1
+        if self.asked == self.interrupt:
+            raise KeyboardInterrupt
+        return None if self.asked in self.broken else self.constant
+
+
+@installed
+def test_a_second_compile_has_the_records_of_the_first_and_tries_nothing(tmp_path):
+    from edgec.backends.tvm import records, tuning
+
+    net = prepared(written(tmp_path))
+    first = tuning.tune(net, records.Records(net.target), Stopwatch(), 60.0)
+    again = tuning.tune(net, records.Records(net.target), Stopwatch(), 60.0)
+    assert first.trials > 0 and again.trials == 0 and again.choices == first.choices
+
+
+@installed
+def test_another_network_with_the_same_layers_has_their_records(tmp_path):
+    """Weights are no part of the key."""
+    from edgec.backends.tvm import records, tuning
+
     paths = [written(tmp_path / "one"), written(tmp_path / "two")]
     other = model_io.load(paths[1])
     weight = next(v for v in other.graph.initializers.values() if v.name == "w")
     weight.const_value = model_io.ir.tensor(weight.const_value.numpy() * 2, name="w")
     model_io.save(other, paths[1])
-    specs = model_io.input_specs(other)
-    tuning.tune(module.imported(paths[0], specs, target), 6.0, folder=tmp_path / "records")
-    again = tuning.tune(module.imported(paths[1], specs, target), 0.0, folder=tmp_path / "records")
-    assert any(task.best < float("inf") for task in again.tasks)
+    one, two = prepared(paths[0]), prepared(paths[1])
+    tuning.tune(one, records.Records(one.target), Stopwatch(), 60.0)
+    assert tuning.tune(two, records.Records(two.target), Stopwatch(), 60.0).trials == 0
+
+
+@installed
+def test_a_similar_layer_begins_with_what_was_best(tmp_path):
+    from edgec.backends.tvm import records, tuning
+
+    one, two = (
+        prepared(written(tmp_path)),
+        prepared(written(tmp_path / "b", NET.replace("[8,3,3,3]", "[8,3,5,5]").replace("[1,1,1,1]", "[2,2,2,2]"))),
+    )
+    conv = next(f for f in one.functions if f.space.name == "contraction" and f.space.taps == 9)
+    last = conv.space.choices()[-1]
+    kept = records.Records(one.target)
+    kept.put(conv, records.Record(last, 1e-6, 9))
+    other = next(f for f in two.functions if f.space.name == "contraction" and f.space.taps == 25)
+    assert next(iter(tuning._candidates(tuning.Task(other), kept))) == last
+
+
+@installed
+def test_ctrl_c_keeps_what_was_found(tmp_path):
+    from edgec.backends.tvm import records, tuning
+
+    net = prepared(written(tmp_path))
+    found = tuning.tune(net, records.Records(net.target), Stopwatch(interrupt=9), 60.0)
+    assert found.interrupted and found.trials == 8 and found.choices
+    assert records.Records(net.target).get(next(f for f in net.functions if f.name in found.choices)) is not None
+
+
+@installed
+def test_schedules_that_do_not_run_are_passed_over(tmp_path):
+    from edgec.backends.tvm import records, tuning
+
+    net = prepared(written(tmp_path))
+    found = tuning.tune(net, records.Records(net.target), Stopwatch(broken=(1, 2)), 60.0)
+    assert found.failed == 2 and set(found.choices) == {f.name for f in net.functions if f.space is not None}
 
 
 @installed
@@ -121,6 +234,48 @@ def test_layers_are_not_timed_here(tmp_path, option, given):
 
 
 @installed
-def test_other_machines_are_refused(tmp_path):
-    with pytest.raises(UnavailableError, match="this machine only"):
-        api.compile(written(tmp_path), tmp_path / "out", backend="tvm", device="raspberry-pi-5", precision="fp32")
+def test_left_to_auto_both_backends_are_measured_and_the_report_says_so(tmp_path):
+    report = api.compile(written(tmp_path), tmp_path / "out", precision="fp32", tune=0, threads=1)
+    (row,) = [a for a in report.attempts if a.name == "fp32 on tvm"]
+    assert row.measurement.median_ms > 0 and "on ort" in row.verdict
+    assert row.chosen == (report.backend == "tvm") and sum(a.chosen for a in report.attempts) == 1
+    assert (tmp_path / "out" / "model.so").is_file() == row.chosen
+
+
+@installed
+def test_a_module_with_other_numbers_is_not_handed_over(tmp_path, monkeypatch):
+    from edgec.backends.tvm import building
+
+    monkeypatch.setattr(building, "_IN_FLOATS", 0.0)
+    with pytest.raises(UnavailableError, match="other numbers than ONNX Runtime"):
+        api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", tune=0)
+
+
+@installed
+def test_an_operator_that_fails_late_is_said_in_a_line(tmp_path, monkeypatch):
+    from edgec.backends.tvm import network
+
+    def broken(*_):
+        raise RuntimeError("Check failed\nat length")
+
+    monkeypatch.setattr(network, "built", broken)
+    with pytest.raises(UnavailableError, match="TVM cannot build it: Check failed"):
+        api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", tune=0)
+
+
+@installed
+@pytest.mark.parametrize(
+    "device", ["raspberry-pi-4", "raspberry-pi-5", "arm64-neon", "jetson-orin-nano-8gb", "rtx-4090"]
+)
+def test_modules_are_built_for_other_devices_without_them(tmp_path, device):
+    report = api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", device=device, tune=0)
+    assert report.result.median_ms is None and report.result.reason
+    made = [p.name for p in (tmp_path / "out").iterdir() if p.suffix in (".so", ".tar")]
+    assert len(made) == 1
+
+
+@installed
+def test_a_module_for_another_processor_does_not_open_with_a_trace(tmp_path):
+    api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", device="raspberry-pi-5", tune=0)
+    with pytest.raises(UserError):
+        api.open_bundle(tmp_path / "out")

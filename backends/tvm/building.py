@@ -13,7 +13,7 @@ import numpy as np
 
 from ...compiler import devices
 from ...compiler import model as model_io
-from ...compiler.errors import UnavailableError
+from ...compiler.errors import UnavailableError, UserError
 from ...compiler.types import DeviceProfile
 from ..base import Lowering
 from . import clock, cuda, layers, network, records, targets, tuning
@@ -46,13 +46,20 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
         "device": "cuda" if str(target.kind.name) == "cuda" else "cpu",
         "tvm": metadata.version("apache-tvm"),
     }
-    if facts["device"] == "cuda":
-        executable = cuda.built(model, inputs, target)
-    else:
-        net = network.prepared(model, inputs, target)
-        found = _tuned(net, how, here)
-        executable = network.built(net, found.choices)
-        facts |= _told(net, found, graph)
+    try:
+        if facts["device"] == "cuda":
+            executable = cuda.built(model, inputs, target)
+        else:
+            net = network.prepared(model, inputs, target)
+            found = _tuned(net, how, here)
+            executable = network.built(net, found.choices)
+            facts |= _told(net, found, graph)
+    except UserError:
+        raise
+    except Exception as error:  # TVM raises what it likes; --backend tvm is a wish that another program cannot fulfil
+        logger.debug("TVM failed", exc_info=True)
+        why = f"TVM cannot build it: {' '.join(str(error).strip().splitlines()[:1])}"
+        raise UnavailableError(why, where="backend tvm", fix="use --backend ort") from error
     library = _exported(executable, model, profile, targets.cpu_of(profile).triple)
     library.with_suffix(library.suffix + ".json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if here:

@@ -66,7 +66,7 @@ def prepared(path: Path, inputs: Sequence[InputSpec], target: Any) -> Network:
     module = constants.folded(transform.DecomposeOpsForInference()(module))
     tidy = [transform.CanonicalizeBindings(), transform.DeadCodeElimination(["main"])]
     module = tvm.ir.transform.Sequential([transform.FoldConstant(), *tidy])(module)
-    module = transform.ConvertLayout(_LAYOUTS)(functions.vectorizable(module))
+    module = _channels_last(functions.vectorizable(module))
     module = tvm.ir.transform.Sequential(tidy)(constants.folded(module))
     module, was = layers.specialised(module, machine)
     with target:
@@ -74,6 +74,17 @@ def prepared(path: Path, inputs: Sequence[InputSpec], target: Any) -> Network:
         module = tvm.ir.transform.Sequential(fused)(module)
     calls = tuple(_calls(module, was))
     return Network(module, target, machine, tuple(_functions(module, machine, [name for name, _ in calls])), calls)
+
+
+def _channels_last(module: Any) -> Any:
+    """Return the module in NHWC around its convolutions; as it is where there are none, or TVM cannot do it."""
+    if "R.nn.conv2d(" not in module.script(show_meta=False):
+        return module
+    try:
+        return transform.ConvertLayout(_LAYOUTS)(module)
+    except Exception as error:  # TVM raises what it likes: its pass does not know some operators' layouts
+        logger.warning("layers stay in NCHW, and are slow: %s", str(error).splitlines()[:1])
+        return module
 
 
 def _functions(module: Any, machine: Machine, called: Sequence[str]) -> list[Function]:

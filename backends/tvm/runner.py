@@ -43,18 +43,22 @@ class Module:
         if facts["device"] != "cpu" and not self._device.exist:
             raise UnavailableError("there is no CUDA GPU here", where=str(path), fix="open it on the device")
         self._tensor = tvm.runtime.tensor
-        library = tvm.runtime.load_module(str(path))
-        self._machine: Any = relax.VirtualMachine(library, self._device)
-        self._main = self._machine["main"]
+        self._library = tvm.runtime.load_module(str(path))
+        self._main: Any = relax.VirtualMachine(self._library, self._device)["main"]
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once, or once for each image; `feed` holds every input."""
+        return self._run(self._main, feed)
+
+    def _run(self, main: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = [np.ascontiguousarray(feed[spec.name], dtype=spec.dtype) for spec in self.inputs]
         batch = max((len(a) for a, s in zip(given, self.inputs, strict=True) if s.shape[:1] == (None,)), default=1)
         if batch == 1:
-            return self._once(given)
+            return self._once(main, given)
         free = [spec.shape[:1] == (None,) for spec in self.inputs]
-        each = [self._once([a[i : i + 1] if f else a for a, f in zip(given, free, strict=True)]) for i in range(batch)]
+        each = [
+            self._once(main, [a[i : i + 1] if f else a for a, f in zip(given, free, strict=True)]) for i in range(batch)
+        ]
         return {name: np.concatenate([one[name] for one in each]) for name in self.outputs}
 
     def profile(self, feed: Mapping[str, np.ndarray], runs: int = 30) -> list[tuple[str, str | None, float]]:
@@ -77,21 +81,20 @@ class Module:
                     now[-1] = time.perf_counter() - now[-1]
             return int(relax.VMInstrumentReturnKind.NO_OP)
 
-        self._machine.set_instrument(watch)
-        try:
-            for _ in range(runs):
-                names.clear()
-                now.clear()
-                self.run(feed)
-                samples.append(list(now))
-        finally:
-            self._machine = None
+        machine = relax.VirtualMachine(self._library, self._device)  # one of its own: it cannot be told to stop
+        machine.set_instrument(watch)
+        for _ in range(runs):
+            names.clear()
+            now.clear()
+            self._run(machine["main"], feed)
+            samples.append(list(now))
         medians = 1e3 * np.median(np.array(samples), axis=0)
-        nodes = [node for name, node in self.calls]
-        known = nodes if [name for name, _ in self.calls] == names else [None] * len(names)
-        return [(name, node, float(ms)) for name, node, ms in zip(names, known, medians, strict=True)]
+        # TVM leaves out calls that only say another shape
+        left = iter([(name, node) for name, node in self.calls if name in names])
+        nodes = [next((node for known, node in left if known == name), None) for name in names]
+        return [(name, node, float(ms)) for name, node, ms in zip(names, nodes, medians, strict=True)]
 
-    def _once(self, given: list[np.ndarray]) -> dict[str, np.ndarray]:
-        found: Any = self._main(*(self._tensor(array, self._device) for array in given))
+    def _once(self, main: Any, given: list[np.ndarray]) -> dict[str, np.ndarray]:
+        found: Any = main(*(self._tensor(array, self._device) for array in given))
         values = [found] if hasattr(found, "numpy") else list(found)
         return {name: value.numpy() for name, value in zip(self.outputs, values, strict=True)}

@@ -109,7 +109,14 @@ class Contraction:
             for stretch, weights in itertools.product(dict.fromkeys((middle, fit[-1], fit[0])), (0, 1)):
                 named = {"high": high, "wide": wide, "blocks": blocks, "unroll": unroll, "stretch": stretch}
                 result.append({**named, "weights": weights})
-        return result
+        return sorted(result, key=self._uneven)
+
+    def _uneven(self, choice: Choice) -> float:
+        """Return how much longer a choice takes for threads that have nothing to do; 1 on one thread."""
+        parts = self.rows // choice["stretch"] if self.rows > 1 else self.columns // choice["wide"]
+        parts *= self.blocks // choice["blocks"] if choice["weights"] else 1
+        rounds = math.ceil(parts / self.machine.threads)
+        return rounds * self.machine.threads / parts
 
     def apply(self, schedule: Any, choice: Choice) -> None:
         """Schedule the function; `weights` says that a block of weights stays while all rows pass."""
@@ -129,26 +136,28 @@ class Contraction:
         b_out, b_in, lane = schedule.split(outputs, [None, choice["blocks"], self.machine.lanes])
         d_out, d_in = schedule.split(depth, [None, choice["unroll"]])
         tile += [wide, b_in]
-        weights = [*groups, b_out]
-        ahead = weights + stretch if choice["weights"] else stretch + weights
-        order = [*lead, *ahead, *middle, c_out]
+        weights, places = [*groups, b_out], stretch or [c_out]
+        ahead = weights + places if choice["weights"] else places + weights
+        order = [*lead, *ahead, *middle, *([c_out] if stretch else [])]
         schedule.reorder(*order, *taps, d_out, d_in, *tile, lane, *four)
-        schedule.reverse_compute_at(final, c_out)
-        _pad(schedule, self.machine, stretch[0] if stretch and not choice["weights"] else None)
+        schedule.reverse_compute_at(final, order[-1])
+        # between a stretch and its blocks of weights the input is filled up
+        shared = [*lead, *(ahead if choice["weights"] else ahead[:1])]
+        outer = _shared(schedule, self.machine, shared)
+        _pad(schedule, self.machine, outer if stretch and not choice["weights"] else None)
+        outside = len(order) - len(shared) + 1
         for loop in (*tile, d_in):
             schedule.unroll(loop)
         dot = self.machine.dot if four else None
         if dot is None:
             schedule.vectorize(lane)
-        _decomposed(schedule, block, (*taps, d_out)[0], len(order))
+        _decomposed(schedule, block, (*taps, d_out)[0], outside)
         if dot is not None:
             schedule.tensorize(lane, dot.intrinsic)
-        *done, after = schedule.get_loops(final)[len(order) :]
+        *done, after = schedule.get_loops(final)[outside:]
         _vectorized(schedule, after, self.machine.lanes)
         for loop in done:
             schedule.unroll(loop)
-        if self.machine.threads > 1:
-            schedule.parallel(schedule.fuse(*lead, *ahead[:-1]) if lead or len(ahead) > 1 else ahead[0])
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,9 @@ class Depthwise:
         for _, _, tile in found[:12]:
             for stretch, whole in itertools.product(dict.fromkeys((middle, stretches[-1], stretches[0])), (0, 1)):
                 result.append({**tile, "stretch": stretch, "whole": whole})
-        return result
+        threads = self.machine.threads
+        parts = {s: self.rows // s for s in stretches}
+        return sorted(result, key=lambda c: math.ceil(parts[c["stretch"]] / threads) * threads / parts[c["stretch"]])
 
     def apply(self, schedule: Any, choice: Choice) -> None:
         """Schedule the function; `whole` says that the input is filled up once, not at each stretch of rows."""
@@ -201,17 +212,16 @@ class Depthwise:
         b_out, b_in, lane = schedule.split(channels, [None, choice["blocks"], self.machine.lanes])
         schedule.reorder(n, outside, row, b_out, c_out, *taps, wide, b_in, lane)
         schedule.reverse_compute_at(final, c_out)
-        _pad(schedule, self.machine, None if choice["whole"] else outside)
+        outer = _shared(schedule, self.machine, [n, outside])
+        _pad(schedule, self.machine, None if choice["whole"] else outer)
         for loop in (*taps, wide, b_in):
             schedule.unroll(loop)
         schedule.vectorize(lane)
-        _decomposed(schedule, block, taps[0], 5)
-        *done, after = schedule.get_loops(final)[5:]
+        _decomposed(schedule, block, taps[0], 4)
+        *done, after = schedule.get_loops(final)[4:]
         _vectorized(schedule, after, self.machine.lanes)
         for loop in done:
             schedule.unroll(loop)
-        if self.machine.threads > 1:
-            schedule.parallel(schedule.fuse(n, outside))
 
 
 @dataclass(frozen=True)
@@ -303,6 +313,14 @@ def _roles(schedule: Any, block: Any) -> tuple[list[Any], list[Any]]:
     loops, kinds = schedule.get_loops(block), [int(v.iter_type) for v in schedule.get(block).iter_vars]
     pairs = list(zip(loops, kinds, strict=True))
     return [loop for loop, kind in pairs if kind == _SPATIAL], [loop for loop, kind in pairs if kind != _SPATIAL]
+
+
+def _shared(schedule: Any, machine: Machine, loops: list[Any]) -> Any:
+    """Make one loop of the outer ones, which threads share, and return it."""
+    outer = schedule.fuse(*loops) if len(loops) > 1 else loops[0]
+    if machine.threads > 1:
+        schedule.parallel(outer)
+    return outer
 
 
 def _last(schedule: Any, block: Any) -> Any:

@@ -1,12 +1,13 @@
 """Which ONNX operators TVM's importer takes, so that others are refused before anything is built.
 
 The list is that of apache-tvm 0.27's convert map; a test holds it against the installed version. The importer looks at
-names alone and ignores domains.
+names alone: some of its operators are those of com.microsoft. Of what it takes some it converts wrongly; those uses are
+refused, too, as the ONNX operators' own test cases showed them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ...compiler.types import Refusal
@@ -32,14 +33,98 @@ _NAMES = """
     SpaceToDepth Split SplitToSequence Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu
     Unique Unsqueeze Upsample Where Xor
 """
+#: What TVM's importer has; what importer.py adds to it; `If`, which is in neither's table.
 OPERATORS = frozenset(_NAMES.split())
-#: Operators that the importer converts itself, though they are not in its map.
+ADDED = frozenset(("QLinearConv", "QLinearMatMul", "ConvInteger"))
 _OTHER = frozenset(("If",))
+#: Of com.microsoft alone, though ONNX has operators of some of these names.
+_CONTRIBUTED = frozenset(
+    ("Attention", "BiasGelu", "EmbedLayerNormalization", "FastGelu", "MatMulInteger16", "SkipLayerNormalization")
+)
+#: Attributes by operator, and the values with which it is converted rightly; left out counts as the first.
+_ATTRIBUTES: dict[str, dict[str, tuple[object, ...]]] = {
+    "BatchNormalization": {"training_mode": (0,)},
+    "DequantizeLinear": {"block_size": (0,)},
+    "QuantizeLinear": {"block_size": (0,)},
+    "IsInf": {"detect_negative": (1,), "detect_positive": (1,)},
+    "Resize": {
+        "antialias": (0,),
+        "axes": (None,),
+        "coordinate_transformation_mode": ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric",
+                                           "tf_crop_and_resize", "tf_half_pixel_for_nn"),
+        "keep_aspect_ratio_policy": ("stretch",),
+    },
+    "RoiAlign": {"mode": ("avg",)},
+    "SpaceToDepth": {"mode": ("DCR",)},
+    "ConvTranspose": {"output_shape": (None,), "auto_pad": ("NOTSET", "VALID")},
+}  # fmt: skip
+#: Operators that give their first output alone.
+_ONE_OUTPUT = frozenset(("BatchNormalization", "Dropout", "LayerNormalization", "MaxPool", "SkipLayerNormalization"))
+#: Types that TVM's importer or this version's kernels have no arithmetic for.
+_TYPES = frozenset(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT4E2M1", "INT4", "UINT4"))
 
 
 def refusals(model: ir.Model) -> Iterator[Refusal]:
-    """Yield the nodes that TVM cannot import."""
+    """Yield the nodes that TVM cannot import, or imports wrongly."""
     for node in model.graph.all_nodes():
-        if node.op_type not in OPERATORS | _OTHER:
-            name = node.name or node.outputs[0].name or node.op_type
-            yield Refusal(name, RULE, f"TVM's importer has no {node.op_type}")
+        why = next((said for rule in _RULES if (said := rule(node)) is not None), None)
+        if why is not None:
+            yield Refusal(node.name or node.outputs[0].name or node.op_type, RULE, why)
+
+
+def _unknown(node: ir.Node) -> str | None:
+    if node.op_type not in OPERATORS | ADDED | _OTHER:
+        return f"TVM's importer has no {node.op_type}"
+    if node.op_type in _CONTRIBUTED and node.domain != "com.microsoft":
+        return f"TVM's importer has com.microsoft's {node.op_type} alone"
+    return None
+
+
+def _misread(node: ir.Node) -> str | None:
+    for name, known in _ATTRIBUTES.get(node.op_type, {}).items():
+        attribute = node.attributes.get(name)
+        value = known[0] if attribute is None else attribute.value
+        if value not in known and not (isinstance(value, (list, tuple)) and not value):
+            return f"TVM has no {node.op_type} with {name} {value}"
+    return None
+
+
+def _more_outputs(node: ir.Node) -> str | None:
+    if node.op_type in _ONE_OUTPUT and any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
+        return f"TVM's {node.op_type} gives its first output alone"
+    return None
+
+
+def _between_pixels(node: ir.Node) -> str | None:
+    """TVM takes the sizes for the scales: they are the same where the scales give whole sizes."""
+    if node.op_type != "Resize" or len(node.inputs) < 3 or node.inputs[2] is None or node.inputs[0] is None:
+        return None
+    scales, shape = node.inputs[2].const_value, node.inputs[0].shape
+    if scales is None or shape is None or scales.size != len(shape):
+        return None
+    sizes = [float(s) * d for s, d in zip(scales.numpy(), shape, strict=True) if isinstance(d, int)]
+    return None if all(abs(s - round(s)) < 1e-4 for s in sizes) else "TVM resizes by scales that give whole sizes alone"
+
+
+def _last_window(node: ir.Node) -> str | None:
+    padded = node.op_type == "AveragePool" and any(node.attributes.get_ints("pads", ()))
+    return "TVM's AveragePool counts padding in its last windows" if padded and _ceils(node) else None
+
+
+def _ceils(node: ir.Node) -> bool:
+    return bool(node.attributes.get_int("ceil_mode", 0))
+
+
+def _modulo(node: ir.Node) -> str | None:
+    first = node.inputs[0] if node.op_type == "Mod" else None
+    floats = first is not None and first.dtype is not None and first.dtype.is_floating_point()
+    return "TVM's Mod of floats is fmod" if floats and not node.attributes.get_int("fmod", 0) else None
+
+
+def _narrow(node: ir.Node) -> str | None:
+    kinds = [v.dtype.name for v in (*node.inputs, *node.outputs) if v is not None and v.dtype is not None]
+    found = next((kind for kind in kinds if kind in _TYPES), None)
+    return None if found is None else f"TVM has no arithmetic for {found.lower()} here"
+
+
+_RULES: tuple[Callable[..., str | None], ...] = (_unknown, _misread, _more_outputs, _between_pixels, _last_window, _modulo, _narrow)

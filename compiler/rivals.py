@@ -1,0 +1,92 @@
+"""The other backends: what was chosen runs on each that this machine has, side by side, and the fastest is handed over.
+
+Only where the backend is left to `auto` and latency is measured here. The network is the same, so only its speed is
+in question; each backend proves its outputs itself when it builds.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..backends import base as backends
+from ..backends.base import Lowering
+from . import guard, job
+from .errors import UserError
+from .report import text
+from .types import Attempt
+
+if TYPE_CHECKING:
+    from ..backends.base import Backend
+    from .exploration import Explored
+    from .job import Job
+
+
+def raced(tried: Explored) -> tuple[Explored, tuple[str, ...]]:
+    """Return what was explored, on the backend where it is fastest; a line for each backend that cannot run it."""
+    this, told = tried.this, []
+    if this.options.backend != "auto" or this.target is None or this.profile.kind != "cpu":
+        return tried, ()
+    for name in this.profile.backends:
+        other = backends.load(name)
+        if name == this.backend.name or other.unavailable() is not None:
+            continue
+        why = _objection(tried, other)
+        if why is None:
+            try:
+                tried = _beside(tried, other.prepared(_lowering(this)))
+            except UserError as error:
+                why = str(error).splitlines()[0]
+        if why is not None:
+            told.append(f"{name} was not tried: {why}")
+    return tried, tuple(told)
+
+
+def _lowering(this: Job) -> Lowering:
+    options, left = this.options, this.seconds_left
+    tune = options.tune if left is None else min(options.tune, left)
+    return Lowering(tune, this.threads, options.seed, this.progress)
+
+
+def _objection(tried: Explored, other: Backend) -> str | None:
+    """Return why another backend cannot have what was chosen."""
+    found = other.schemes(tried.this.profile)[tried.chosen.precision]
+    if isinstance(found, str):
+        return found
+    refused = other.check(tried.chosen.model, tried.this.profile)
+    return f"{refused[0].node}: {refused[0].why}" if refused else None
+
+
+def _beside(tried: Explored, other: Backend) -> Explored:
+    """Measure what was chosen on both backends, then beside the original and the float baseline."""
+    this, chosen, base = tried.this, tried.chosen, tried.state.candidates[0]
+    assert this.target is not None
+    name = f"{chosen.name} on {other.name}"
+    lowered = {
+        "original": (this.backend, this.path, "fp32"),
+        base.name: (this.backend, base.path, base.precision),
+        chosen.name: (this.backend, chosen.path, chosen.precision),
+        name: (other, chosen.path, chosen.precision),
+    }
+    runners = {n: b.open(b.lower(path, this.profile, kind), this.threads) for n, (b, path, kind) in lowered.items()}
+    measure = functools.partial(
+        this.target.measure, feed=job.one_input(this), threads=this.threads, progress=this.progress
+    )
+    pair = measure({n: runners[n] for n in (chosen.name, name)}, baseline=chosen.name)
+    faster = (pair[name].speedup_low or 0.0) > guard.MARGIN
+    measured = measure(runners, baseline=base.name)
+    told = f"{text.ms(pair[name].median_ms)} against {text.ms(pair[chosen.name].median_ms)} on {this.backend.name}"
+    verdict = f"the same network, {'faster' if faster else 'not shown to be faster'}: {told}"
+    rival = replace(
+        tried.attempt, name=name, measurement=measured[name], chosen=faster, verdict=verdict, predicted_ms=None
+    )
+    if not faster:
+        return replace(tried, attempts=(*tried.attempts, rival))
+    left = tuple(replace(a, chosen=False, verdict=_left(a, other)) for a in tried.attempts)
+    state = replace(tried.state, measured={**tried.state.measured, **measured})
+    return replace(tried, this=replace(this, backend=other), attempts=(*left, rival), attempt=rival, state=state)
+
+
+def _left(attempt: Attempt, other: Backend) -> str:
+    return f"the same network is faster on {other.name}" if attempt.chosen else attempt.verdict
