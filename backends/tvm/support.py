@@ -127,4 +127,12 @@ def _narrow(node: ir.Node) -> str | None:
     return None if found is None else f"TVM has no arithmetic for {found.lower()} here"
 
 
-_RULES: tuple[Callable[..., str | None], ...] = (_unknown, _misread, _more_outputs, _between_pixels, _last_window, _modulo, _narrow)
+_RULES: tuple[Callable[..., str | None], ...] = (
+    _unknown,
+    _misread,
+    _more_outputs,
+    _between_pixels,
+    _last_window,
+    _modulo,
+    _narrow,
+)
