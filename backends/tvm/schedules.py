@@ -246,9 +246,10 @@ class Plain:
         return self.sizes
 
     def choices(self) -> list[Choice]:
-        """Return lanes for the last axis or for sums, more or less at once."""
+        """Return lanes for the last axis, rows that a transposition takes at once, and whether sums go in lanes."""
         lanes = self.machine.lanes
-        return [{"lanes": n, "sums": s} for n, s in ((lanes, lanes), (lanes, 1), (2 * lanes, lanes), (1, 1))]
+        table = ((lanes, 4, 1), (lanes, 4, 0), (lanes, 1, 0), (2 * lanes, 8, 1), (lanes, 8, 0), (1, 1, 0))
+        return [{"lanes": n, "across": a, "sums": s} for n, a, s in table]
 
     def apply(self, schedule: Any, choice: Choice) -> None:
         """Schedule the function."""
@@ -256,33 +257,73 @@ class Plain:
             if not _roles(schedule, block)[1] and len(schedule.get_consumers(block)) == 1:
                 _tried(schedule, lambda s, b=block: s.compute_inline(b))
         for block in schedule.get_child_blocks(schedule.get_sblock("root")):
-            self._block(schedule, block, choice)
+            spatial, sums = _roles(schedule, block)
+            ends = _last_axes(schedule, block)
+            aside, along = len(spatial) - 1, len(spatial) + len(sums) - 1
+            if choice["sums"] and sums and along in ends and aside not in ends:
+                self._summed(schedule, block, sums[-1], len(spatial), choice["lanes"])
+            elif spatial:
+                turned = next((i for i in ends if i < len(spatial) - 1), None)
+                self._spread(schedule, block, (spatial, sums), turned, choice)
 
-    def _block(self, schedule: Any, block: Any, choice: Choice) -> None:
-        spatial, sums = _roles(schedule, block)
-        if not spatial:
+    def _summed(self, schedule: Any, block: Any, sums: Any, outside: int, lanes: int) -> None:
+        """Sum in lanes, and the lanes at the end; `outside` loops run over what is not summed."""
+        lanes = math.gcd(int(schedule.get(sums).extent), lanes)
+        if lanes < 2:
             return
-        *outer, inner = spatial
+        _, lane = schedule.split(sums, [None, lanes])
+        parts = schedule.rfactor(lane, 0)
+        loops = schedule.get_loops(parts)
+        schedule.vectorize(loops[-1])
+        start = schedule.decompose_reduction(parts, loops[outside])
+        schedule.vectorize(schedule.get_loops(start)[-1])
+
+    def _spread(
+        self, schedule: Any, block: Any, loops: tuple[list[Any], list[Any]], turned: int | None, choice: Choice
+    ) -> None:
+        """Spread the last axis over lanes and the others over threads; what is turned goes in small tiles.
+
+        `turned` is the outer loop along which what is read lies side by side.
+        """
+        (*outer, inner), sums = loops
         wide = int(schedule.get(inner).extent)
-        if sums and wide % choice["lanes"] and wide < choice["lanes"]:
-            outer, inner = spatial, None
-        if not outer:
-            return
-        if inner is None:
-            fused = schedule.fuse(*outer)
+        lanes = math.gcd(wide, choice["lanes"])
+        if not outer or (sums and wide % choice["lanes"] and wide < choice["lanes"]):
+            outer, order = [*outer, inner], []
         else:
-            lanes = math.gcd(wide, choice["lanes"])
             between, lane = schedule.split(inner, [None, lanes])
-            schedule.reorder(*outer, between, *sums, lane)
-            if lanes > 1:
-                schedule.vectorize(lane)
-            fused = schedule.fuse(*outer)
-        if self.machine.threads > 1:
-            schedule.parallel(fused)
+            order = [between, *sums, lane]
+            if turned is not None and choice["across"] > 1 and not sums:
+                across = math.gcd(int(schedule.get(outer[turned]).extent), choice["across"])
+                apart, some = schedule.split(outer.pop(turned), [None, across])
+                order = [between, apart, some, lane]
+                schedule.unroll(some)
+                outer = outer or [between]
+            schedule.reorder(*outer, *(loop for loop in order if loop not in outer))
+            schedule.vectorize(lane)
+        _shared(schedule, self.machine, outer)
         if sums:
             start = schedule.decompose_reduction(block, sums[0])
-            if inner is not None and lanes > 1:
+            if order:
                 schedule.vectorize(schedule.get_loops(start)[-1])
+
+
+def _last_axes(schedule: Any, block: Any) -> list[int]:
+    """Return which of a block's axes run along the last index of what it reads.
+
+    Only what is as large as the positions counts, and, where the block sums, what is summed.
+    """
+    body = schedule.get(block)
+    spatial = [axis for axis in body.iter_vars if int(axis.iter_type) == _SPATIAL]
+    size = math.prod(int(axis.dom.extent) for axis in spatial)
+    sums = body.iter_vars[-1] if len(spatial) < len(body.iter_vars) else None
+    ends = []
+    for read in body.reads:
+        at = [index.min for index in read.region]
+        summed = sums is None or any(sums.var.same_as(one) for one in at)
+        if at and summed and math.prod(int(i) for i in read.source.shape) >= size:
+            ends.append(at[-1])
+    return [i for i, axis in enumerate(body.iter_vars) for end in ends if axis.var.same_as(end)]
 
 
 # ------------------------------------------------------------------------------------------- parts
