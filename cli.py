@@ -167,6 +167,7 @@ def main() -> None:
 @click.option(
     "--tune", metavar="TIME", default="60s", show_default=True, help="Look for TVM's schedules for so long; 0: reuse."
 )
+@click.option("--fixed-point", is_flag=True, help="Requantize by integers alone, in TVM's INT8 modules.")
 @click.option("--max-drop", metavar="POINTS", help="Most quality to lose.  [default: 1%]")
 @click.option("--max-latency", metavar="TIME", help="E.g. 5ms.")
 @click.option("--max-size", metavar="SIZE", help="E.g. 4MB.")

@@ -37,12 +37,16 @@ FLOAT32 = FloatScheme("float32", "float32")
 
 @dataclass(frozen=True)
 class Lowering:
-    """How one compile wants things built: seconds of tuning, the threads that it will run with (0: all), the seed."""
+    """How one compile wants things built: seconds of tuning, the threads that it will run with (0: all), the seed.
+
+    `fixed_point`: integers are requantized by integers alone, where the backend can.
+    """
 
     tune: float = 60.0
     threads: int = 0
     seed: int = 0
     progress: Progress = silent
+    fixed_point: bool = False
 
 
 class Runner(Protocol):

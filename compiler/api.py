@@ -54,6 +54,7 @@ def compile(
     max_size_bytes: int | None = None,
     time_budget: float | None = None,
     tune: float = 60.0,
+    fixed_point: bool = False,
     threads: int = 0,
     seed: int = 0,
     verify: bool = False,
@@ -63,7 +64,7 @@ def compile(
     """Compile an ONNX file for a device, leave a bundle in the folder `out`, and return the report.
 
     `max_drop` is in points (1.0 where None, then a named precision may exceed it), `time_budget` and `tune` (TVM's
-    schedules; 0: those of before) in seconds.
+    schedules; 0: those of before) in seconds. `fixed_point`: TVM requantizes by integers alone.
     `without` names steps of quantization to leave out (options.STEPS). `degrade` says under which conditions the
     images are calibrated on (quantization/conditions.py); `robust` tries several ways and keeps what held-out
     images support (quantization/robust.py). `prune` cuts channels: "auto", "30%" of the MACs, "params:50%"
@@ -92,6 +93,7 @@ def compile(
         budget=budget,
         time_budget=time_budget,
         tune=tune,
+        fixed_point=fixed_point,
         threads=threads,
         seed=seed,
         verify=verify,

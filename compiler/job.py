@@ -87,7 +87,9 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     metric = load_metric(options.metric) if options.metric else None
     url = options.target or ("local" if here else None)
     threads = options.threads or devices.usable_cores()
-    backend = _backend(options, profile, url).prepared(Lowering(options.tune, threads, options.seed, progress))
+    backend = _backend(options, profile, url).prepared(
+        Lowering(options.tune, threads, options.seed, progress, options.fixed_point)
+    )
     target, why = _target(url, profile, backend)
     _check_savings(options, why if backend.runs_onnx else "layers are timed by ONNX Runtime's profiler only")
     specs = honest_specs(path, model)

@@ -56,6 +56,7 @@ class Options:
     budget: Budget = Budget()
     time_budget: float | None = None
     tune: float = 60.0
+    fixed_point: bool = False
     threads: int = 0
     seed: int = 0
     verify: bool = False

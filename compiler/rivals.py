@@ -46,7 +46,7 @@ def raced(tried: Explored) -> tuple[Explored, tuple[str, ...]]:
 def _lowering(this: Job) -> Lowering:
     options, left = this.options, this.seconds_left
     tune = options.tune if left is None else min(options.tune, left)
-    return Lowering(tune, this.threads, options.seed, this.progress)
+    return Lowering(tune, this.threads, options.seed, this.progress, options.fixed_point)
 
 
 def _objection(tried: Explored, other: Backend) -> str | None:

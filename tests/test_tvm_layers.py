@@ -231,6 +231,48 @@ def test_integers_are_exact(tmp_path):
     assert np.array_equal(got, wanted.astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("relu", "zero"), [(True, "uint8 z = {0}"), (False, "uint8 z = {131}"), (False, "int8 z = {-3}")]
+)
+def test_fixed_point_is_a_product_and_a_shift_of_integers(tmp_path, relu, zero):
+    """Bit by bit what numpy computes by the formula of fixed_point.py, and within a step of Q/DQ in floats."""
+    from edgec.backends.tvm import fixed_point, network, targets
+
+    rng = np.random.default_rng(2)
+    kind = zero.split()[0]
+    s, sy, z, low = 0.05, 0.11, int(zero.split("{")[1][:-1]), np.iinfo(kind).min
+    w, t = rng.integers(-127, 128, (20, 12, 3, 3)), rng.uniform(5e-4, 2e-3, 20).astype(np.float32)
+    b = rng.normal(size=20).astype(np.float32)
+    text = f"""g ({kind}[1,12,6,6] q) => ({kind}[1,20,6,6] y) <float s = {{{s}}}, {zero}, float u = {{{sy}}},
+        int8[20,12,3,3] w, float[20] t, int8[20] v, float[20] b> {{
+        d = DequantizeLinear (q, s, z)\n dw = DequantizeLinear <axis = 0> (w, t, v)
+        c = Conv <pads = [1,1,1,1]> (d, dw, b)\n r = {"Relu" if relu else "Identity"} (c)
+        y = QuantizeLinear (r, u, z) }}"""
+    model = zoo.model(text, {"w": w, "t": t, "v": np.zeros(20), "b": b})
+    path = tmp_path / "model.onnx"
+    model_io.save(model, path)
+    specs = model_io.input_specs(model)
+    net = network.prepared(path, specs, targets.target_of(devices.find("local"), 1), fixed_point=True)
+    assert not any("float" in str(f.body.params) + f.body.script() for f in net.functions)
+    q = rng.integers(low, low + 256, (1, 12, 6, 6)).astype(kind)
+    padded = np.pad(q.astype(np.int64) - z, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    sums = sum(
+        np.einsum("oi,nihw->nohw", w[:, :, i, j], padded[:, :, i : i + 6, j : j + 6])
+        for i, j in itertools.product(range(3), repeat=2)
+    )
+    factor = np.float64(np.float32(s)) * t.astype(np.float64)
+    m, n = fixed_point.dyadic(factor / np.float64(np.float32(sy)))
+    assert ((m >= 2**30) & (m < 2**31)).all() and np.allclose(m * 2.0**-n, factor / np.float32(sy), rtol=2**-30)
+    sums = sums + np.rint(b.astype(np.float64) / factor).astype(np.int64).reshape(1, -1, 1, 1)
+    each = (1, -1, 1, 1)
+    wanted = (sums * m.reshape(each) + 2 ** (n.reshape(each) - 1)) >> n.reshape(each)
+    wanted = np.clip(wanted + z, max(low, z) if relu else low, low + 255).astype(kind)
+    (got,) = run(net, {"q": q})
+    assert np.array_equal(got, wanted)
+    (floats,) = Session(path, optimise=False).run({"q": q}).values()
+    assert np.abs(got.astype(int) - floats).max() <= 1 and (got != floats).mean() < 0.01
+
+
 def test_the_dot_product_of_bytes_is_used_where_the_machine_has_it(tmp_path):
     from edgec.backends.tvm import network
 

@@ -50,7 +50,7 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
         if facts["device"] == "cuda":
             executable = cuda.built(model, inputs, target)
         else:
-            net = network.prepared(model, inputs, target)
+            net = network.prepared(model, inputs, target, fixed_point=how.fixed_point)
             found = _tuned(net, how, here)
             executable = network.built(net, found.choices)
             facts |= _told(net, found, graph)

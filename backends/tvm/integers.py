@@ -16,6 +16,8 @@ alone (fixed_point.py).
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,37 +25,65 @@ from tvm import relax
 from tvm.ir import Op
 
 from .constants import number, rewritten
+from .fixed_point import dyadic
 from .importer import bounded
 from .machine import Dot, Machine
 
 #: Most products of two bytes in a sum that 32 bits hold.
 _MOST = (2**31 - 1) // (255 * 128)
-_CONV2D, _MATMUL, _QUANTIZE, _DEQUANTIZE, _PERMUTE = (
-    Op.get(f"relax.{name}") for name in ("nn.conv2d", "matmul", "quantize", "dequantize", "permute_dims")
+_CONV2D, _MATMUL, _QUANTIZE, _DEQUANTIZE, _PERMUTE, _ADD, _RELU = (
+    Op.get(f"relax.{name}")
+    for name in ("nn.conv2d", "matmul", "quantize", "dequantize", "permute_dims", "add", "nn.relu")
 )
 
 
-def in_integers(module: Any, machine: Machine) -> Any:
-    """Return the module with its quantized layers in integers, and no Q or DQ."""
+@dataclass(frozen=True, eq=False)
+class Total:
+    """A layer as a sum of integers: y = factor (value + constant), `value` int32, the others by output channel.
+
+    `along` is the shape in which a number for each output channel is broadcast.
+    """
+
+    value: Any
+    constant: np.ndarray
+    factor: np.ndarray
+    along: tuple[int, ...]
+
+
+def in_integers(module: Any, machine: Machine, *, fixed_point: bool = False) -> Any:
+    """Return the module with its quantized layers in integers, and no Q or DQ; `fixed_point` as in fixed_point.py."""
 
     def prepared(mutator: Any, function: Any) -> None:
-        mutator.dot = machine.dot
+        mutator.dot, mutator.fixed_point = machine.dot, fixed_point
         mutator.before = {b.var: b.value for block in function.body.blocks for b in block.bindings}
+        uses = Counter(a for value in mutator.before.values() for a in getattr(value, "args", ()) if _is_variable(a))
+        mutator.once = {variable for variable, count in uses.items() if count == 1}
 
     return rewritten(module, _Integers(module), prepared)
 
 
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, relax.Var)
+
+
 @relax.expr_functor.mutator
 class _Integers(relax.PyExprMutator):  # type: ignore[misc]
-    """Layers and Q/DQ pairs as integer arithmetic; `dot` is the machine's dot product, `before` what made a value."""
+    """Layers and Q/DQ pairs as integer arithmetic.
+
+    `dot` is the machine's dot product, `before` what made a value, `once` the values that are read by one call alone.
+    """
 
     dot: Dot | None
+    fixed_point: bool
     before: dict[Any, Any]
+    once: set[Any]
 
     def visit_call_(self, call: Any) -> Any:
         made = None
         if call.op in (_CONV2D, _MATMUL):
             made = self.layer(call)
+        elif call.op == _QUANTIZE and self.fixed_point:
+            made = self.requantized(call)
         call = super().visit_call_(call) if made is None else made
         if made is None and call.op == _QUANTIZE:
             return self.quantized(call)
@@ -61,52 +91,96 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
             return self.dequantized(call)
         return call
 
+    def layer(self, call: Any) -> Any:
+        """Return a layer as a sum of integers and a factor in float32; None where it is no such layer."""
+        total = self.total(call)
+        if total is None:
+            return None
+        value = total.value
+        if total.constant.any():
+            constant = total.constant.reshape(total.along).astype(np.int32)
+            value = self.builder_.emit(relax.op.add(value, relax.const(constant, "int32")))
+        factor = total.factor.reshape(total.along).astype(np.float32)
+        return relax.op.multiply(relax.op.astype(value, "float32"), relax.const(factor, "float32"))
+
+    def requantized(self, call: Any) -> Any:
+        """Return a Q right behind a layer, or its bias, or its ReLU, by integers alone; None where it is none."""
+        x, scale, zero = call.args
+        s, z, kind = number(scale), number(zero), str(call.attrs.out_dtype)
+        relu = self.only(x, _RELU)
+        added = self.only(x if relu is None else relu.args[0], _ADD)
+        inner = added.args[0] if added is not None else x if relu is None else relu.args[0]
+        layer = self._either(inner)
+        bias = np.zeros(1) if added is None else number(added.args[1])
+        if layer is None or bias is None or s is None or z is None or s.size != 1 or kind not in ("int8", "uint8"):
+            return None
+        total = self.total(layer)
+        parts = None if total is None else dyadic(total.factor / np.float64(s.reshape(())))
+        if total is None or parts is None or bias.size not in (1, total.factor.size):
+            return None
+        m, n = (part.reshape(total.along) for part in parts)
+        whole = total.constant + np.rint(bias.reshape(-1).astype(np.float64) / total.factor).astype(np.int64)
+        known = {"m": m, "n": n, "constant": whole.reshape(total.along), "half": np.int64(1) << (n - 1)}
+        c = {name: relax.const(np.ascontiguousarray(value), "int64") for name, value in known.items()}
+        value = relax.op.add(relax.op.astype(total.value, "int64"), c["constant"])
+        value = relax.op.right_shift(relax.op.add(relax.op.multiply(value, c["m"]), c["half"]), c["n"])
+        z0, limits = int(z.reshape(())), np.iinfo(kind)
+        moved = self.builder_.emit(relax.op.add(value, along(np.array([z0]), call, 0, "int64")))
+        low = max(limits.min, z0) if relu is not None else limits.min
+        return relax.op.astype(bounded(moved, low, limits.max), kind)
+
+    def only(self, value: Any, op: Any) -> Any:
+        """Return the call of an operator that made a value which nothing else reads."""
+        return self.source(value, op) if value in self.once else None
+
+    def _either(self, value: Any) -> Any:
+        convolution = self.only(value, _CONV2D)
+        return self.only(value, _MATMUL) if convolution is None else convolution
+
     def source(self, value: Any, op: Any) -> Any:
         """Return the call that made a value, if it is of an operator."""
         found = self.before.get(value, value) if isinstance(value, relax.Var) else value
         return found if getattr(found, "op", None) == op else None
 
-    def layer(self, call: Any) -> Any:
-        x, weight = (self.source(call.args[0], _DEQUANTIZE), self.weight(call.args[1]))
+    def total(self, call: Any) -> Total | None:
+        """Return a layer as a sum of integers; None where it is no quantized layer, or the sum may overflow."""
+        x, weight = self.source(call.args[0], _DEQUANTIZE), self.weight(call.args[1])
         if x is None or weight is None:
             return None
         given, scale, zero = x.args
-        s, z = number(scale), number(zero)
-        w, t = weight
+        s, z, (w, t) = number(scale), number(zero), weight
         convolution = call.op == _CONV2D
         outputs = w.shape[0 if convolution else 1]
-        terms = w.size // outputs
-        if s is None or z is None or s.size != 1 or z.size != 1 or terms > _MOST:
-            return None
         kind = str(given.ty.dtype)
+        if s is None or z is None or s.size != 1 or z.size != 1 or w.size // outputs > _MOST:
+            return None
         if kind not in ("int8", "uint8") or t.size not in (1, outputs):
             return None
         value, z0 = self.visit_expr(given), int(z.reshape(()))
         if self.dot is not None and kind != self.dot.activations:
             move = 128 if kind == "int8" else -128
-            wide = relax.op.add(relax.op.astype(value, "int16"), relax.const(np.int16(move)))
+            wide = relax.op.add(relax.op.astype(value, "int16"), relax.const(np.int16(move), "int16"))
             value, z0 = self.builder_.emit(relax.op.astype(wide, self.dot.activations)), z0 + move
+        factor = np.broadcast_to(np.float64(s.reshape(())) * t.astype(np.float64).reshape(-1), (outputs,))
         axes = tuple(range(1, w.ndim)) if convolution else (0,)
-        summed = -z0 * w.astype(np.int64).sum(axis=axes)
+        constant = -z0 * w.astype(np.int64).sum(axis=axes)
         if convolution:
-            shape = (1, -1) + (1,) * (w.ndim - 2)
-            at, pads = call.attrs, [int(p) for p in call.attrs.padding]
-            if any(pads):
-                top, left, bottom, right = pads
-                width = [0, 0, 0, 0, top, bottom, left, right]
-                value = self.builder_.emit(relax.op.nn.pad(value, width, "constant", float(z0)))
-            total = relax.op.nn.conv2d(
-                value, relax.const(w), at.strides, 0, at.dilation, at.groups, "NCHW", "OIHW", out_dtype="int32"
-            )
+            made, shape = self._convolution(call, value, z0, w), (1, -1, *(1 for _ in w.shape[2:]))
         else:
-            shape = (-1,)
-            total = relax.op.matmul(value, relax.const(w), out_dtype="int32")
-        total = self.builder_.emit(total)
-        if z0:
-            total = self.builder_.emit(relax.op.add(total, relax.const(summed.reshape(shape).astype(np.int32))))
-        factor = (np.float64(s.reshape(())) * t.astype(np.float64).reshape(-1)).astype(np.float32)
-        factor = np.broadcast_to(factor, (outputs,)).reshape(shape)
-        return relax.op.multiply(relax.op.astype(total, "float32"), relax.const(np.ascontiguousarray(factor)))
+            made, shape = relax.op.matmul(value, relax.const(w), out_dtype="int32"), (-1,)
+        return Total(self.builder_.emit(made), constant, factor, shape)
+
+    def _convolution(self, call: Any, value: Any, zero: int, w: np.ndarray) -> Any:
+        """Return the sum over taps; the edges are filled up with the zero point."""
+        at, pads = call.attrs, [int(p) for p in call.attrs.padding]
+        if any(pads):
+            top, left, bottom, right = pads
+            width = [0, 0, 0, 0, top, bottom, left, right]
+            value = self.builder_.emit(relax.op.nn.pad(value, width, "constant", float(zero)))
+        weight = relax.const(w)
+        return relax.op.nn.conv2d(
+            value, weight, at.strides, 0, at.dilation, at.groups, "NCHW", "OIHW", out_dtype="int32"
+        )
 
     def weight(self, value: Any) -> tuple[np.ndarray, np.ndarray] | None:
         """Return int8 weights and their scales, where a value is DQ of a constant, turned or not."""
@@ -155,7 +229,7 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
         return relax.op.multiply(found, along(s.astype(np.float32), x, call.attrs.axis))
 
 
-def along(values: np.ndarray, x: Any, axis: int) -> Any:
+def along(values: np.ndarray, x: Any, axis: int, dtype: str = "float32") -> Any:
     """Return numbers as a constant that x can be multiplied by: one, or one for each index of an axis.
 
     One is a tensor, too: scalars would be written into the function, which were another one in each network then.
@@ -163,4 +237,4 @@ def along(values: np.ndarray, x: Any, axis: int) -> Any:
     shape = [1] * x.ty.ndim
     if values.size > 1:
         shape[int(axis)] = -1
-    return relax.const(values.reshape(shape))
+    return relax.const(values.reshape(shape), dtype)

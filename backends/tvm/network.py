@@ -59,10 +59,14 @@ class Network:
     calls: tuple[tuple[str, str | None], ...] = field(default=())
 
 
-def prepared(path: Path, inputs: Sequence[InputSpec], target: Any) -> Network:
-    """Import an ONNX file and rewrite it for the target. ModelError where TVM's importer fails."""
+def prepared(path: Path, inputs: Sequence[InputSpec], target: Any, *, fixed_point: bool = False) -> Network:
+    """Import an ONNX file and rewrite it for the target. ModelError where TVM's importer fails.
+
+    `fixed_point`: quantized layers are requantized by integers alone (fixed_point.py).
+    """
     machine = machine_of(target)
-    module = integers.in_integers(importer.imported(path, inputs), machine)
+    module = transform.CanonicalizeBindings()(constants.folded(importer.imported(path, inputs)))
+    module = integers.in_integers(module, machine, fixed_point=fixed_point)
     module = constants.folded(transform.DecomposeOpsForInference()(module))
     tidy = [transform.CanonicalizeBindings(), transform.DeadCodeElimination(["main"])]
     module = tvm.ir.transform.Sequential([transform.FoldConstant(), *tidy])(module)
