@@ -2,7 +2,7 @@
 
 TVM has these, but of VNNI in a form that its LLVM no longer takes (operands are <64 x i8> there now), and for sums in
 memory only; ours are in registers ("local"). See Intel's Software Developer's Manual, VPDPBUSD, and Arm's ARM, SDOT
-(by element).
+(by element). An Arm core without SDOT multiplies bytes into 16 bits (SMULL) and adds pairs to 32 bits (SADALP): exact.
 """
 # The bodies are TVMScript, which Python parses and TVM reads: they are never run.
 # mypy: ignore-errors
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 
-VNNI, SDOT = "edgec_dot_16x4_vnni", "edgec_dot_4x4_sdot"
+VNNI, SDOT, SMULL = "edgec_dot_16x4_vnni", "edgec_dot_4x4_sdot", "edgec_dot_4x4_smull"
 
 
 @functools.cache
@@ -55,6 +55,36 @@ def register() -> None:
             )
 
     @T.prim_func(s_tir=True)
+    def smull(
+        A: T.Buffer((4,), "int8", offset_factor=1),
+        B: T.Buffer((4, 4), "int8", offset_factor=1),
+        C: T.Buffer((4,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:4], A[0:4], B[0:4, 0:4])
+            T.writes(C[0:4])
+            # the first two of each lane's four bytes, then the other two: a shuffle of pairs, once for a whole tile
+            for half in T.unroll(2):
+                C[T.ramp(T.int32(0), 1, 4)] = C.vload([0], dtype="int32x4") + T.call_llvm_pure_intrin(
+                    T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.saddlp.v4i32.v8i16"),
+                    T.call_llvm_pure_intrin(
+                        T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.smull.v8i16"),
+                        T.reinterpret(
+                            T.broadcast(T.reinterpret(A.vload([2 * half], "int8x2"), dtype="int16"), 4), dtype="int8x8"
+                        ),
+                        T.reinterpret(
+                            T.Shuffle(
+                                [T.reinterpret(B.vload([0, 0], dtype="int8x16"), dtype="int16x8")],
+                                [half, 2 + half, 4 + half, 6 + half],
+                            ),
+                            dtype="int8x8",
+                        ),
+                        dtype="int16x8",
+                    ),
+                    dtype="int32x4",
+                )
+
+    @T.prim_func(s_tir=True)
     def wanted_16(
         A: T.Buffer((4,), "uint8", offset_factor=1),
         B: T.Buffer((16, 4), "int8", offset_factor=1),
@@ -84,3 +114,4 @@ def register() -> None:
 
     TensorIntrin.register(VNNI, wanted_16, vnni, override=True)
     TensorIntrin.register(SDOT, wanted_4, sdot, override=True)
+    TensorIntrin.register(SMULL, wanted_4, smull, override=True)
