@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from ..compiler.errors import UserError
 from ..compiler.types import (
@@ -58,6 +58,14 @@ class Runner(Protocol):
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; `feed` holds every input."""
+
+
+@runtime_checkable
+class Profiled(Protocol):
+    """A runner that times its kernels one by one."""
+
+    def profile(self, feed: Mapping[str, np.ndarray], runs: int = 30) -> list[tuple[str, str | None, float]]:
+        """Return each kernel as it is called: its name, the ONNX node that it computes if known, milliseconds."""
 
 
 class Backend(Protocol):

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .._version import __version__
+from ..backends.base import Profiled
 from ..passes.quant_params import needed_opset
 from . import bundle, devices, exploration, files, guard, job, layers, pipeline, rivals, wording
 from . import model as model_io
@@ -84,7 +85,7 @@ def _compile(
         passes=tuple(records),
         steps=found.steps,
         attempts=attempts,
-        layers=_layers(this, found, chosen, refusals),
+        layers=_timed(this, chosen, _layers(this, found, chosen, refusals)),
         refusals=refusals,
         calibration=found.calibration,
         preprocess=this.preprocess,
@@ -132,6 +133,17 @@ def _layers(this: Job, found: Lossy, chosen: Candidate, refusals: tuple[Refusal,
         progress=this.progress,
     )
     return rows if tried is chosen else annotate(layers.describe(chosen.model, {}, refusals), rows)
+
+
+def _timed(this: Job, chosen: Candidate, rows: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Return the layers with the times of their kernels, where the backend tells them."""
+    if this.target is None or this.backend.runs_onnx:
+        return rows
+    runner = this.backend.open(this.backend.lower(chosen.path, this.profile, chosen.precision), this.threads)
+    if not isinstance(runner, Profiled):
+        return rows
+    times = {node: ms for _, node, ms in runner.profile(job.one_input(this)) if node is not None}
+    return tuple(replace(row, latency_ms=times.get(row.node)) for row in rows)
 
 
 def _write(this: Job, chosen: Candidate, baseline: Candidate, report: Report, staged: Path) -> None:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ..backends.base import Backend
 
 
+#: Threads that a device has whose cores are not known.
+_CORES = 4
+
+
 @dataclass(frozen=True)
 class Job:
     """One compile: what was asked, resolved to objects.
@@ -87,9 +91,9 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     metric = load_metric(options.metric) if options.metric else None
     url = options.target or ("local" if here else None)
     threads = options.threads or devices.usable_cores()
-    backend = _backend(options, profile, url).prepared(
-        Lowering(options.tune, threads, options.seed, progress, options.fixed_point)
-    )
+    there = threads if here else options.threads or (profile.cores if profile.kind == "cpu" else None) or _CORES
+    how = Lowering(options.tune, there, options.seed, progress, options.fixed_point)
+    backend = _backend(options, profile, url).prepared(how)
     target, why = _target(url, profile, backend)
     _check_savings(options, why if backend.runs_onnx else "layers are timed by ONNX Runtime's profiler only")
     specs = honest_specs(path, model)

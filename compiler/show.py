@@ -70,10 +70,9 @@ def bench(
     as_json: bool,
 ) -> None:
     """Show measurements, and with `profile` the time of each operator."""
-    from ..backends import ort
-    from . import bundle
+    from . import evaluation
 
-    times = ort.profile(model / bundle.MODEL if model.is_dir() else model, threads) if profile else []
+    times = evaluation.operator_times(model, threads) if profile else []
     if as_json:
         document = {
             "measurements": [serial.to_json(m) for m in measured],

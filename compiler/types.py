@@ -421,8 +421,9 @@ class Layer:
     where there is no error, or none was measured. `clipped_percent`: elements of its output outside the represented
     range. `share_percent`: its part of the error at the network's outputs, each rounding measured alone, of which
     `weights_percent` (of the whole as well) by its weights. `cause` is the likely one, with figures, and `remedy` what
-    was done or can be done. Layers that only join or round tensors have `macs` 0; a graph input that is rounded is one
-    with the operator "input".
+    was done or can be done. `latency_ms` is the median of the kernel that computes it, with what is fused to it; None
+    where the backend does not say. Layers that only join or round tensors have `macs` 0; a graph input that is rounded
+    is one with the operator "input".
     """
 
     node: str
@@ -440,6 +441,7 @@ class Layer:
     weights_percent: float | None = None
     cause: str | None = None
     remedy: str | None = None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)

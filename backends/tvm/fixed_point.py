@@ -33,4 +33,4 @@ def dyadic(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 def requantized(sums: np.ndarray, m: np.ndarray, n: np.ndarray, zero: int, low: int, high: int) -> np.ndarray:
     """Return q for sums, what the module computes, in numpy: m and n are broadcast against the sums."""
     rounded = (sums.astype(np.int64) * m + (np.int64(1) << (n - 1))) >> n
-    return np.clip(rounded + zero, low, high)
+    return np.asarray(np.clip(rounded + zero, low, high))

@@ -31,9 +31,14 @@ from .machine import Dot, Machine
 
 #: Most products of two bytes in a sum that 32 bits hold.
 _MOST = (2**31 - 1) // (255 * 128)
-_CONV2D, _MATMUL, _QUANTIZE, _DEQUANTIZE, _PERMUTE, _ADD, _RELU = (
+#: x + this - this is x rounded, ties to even, for |x| < 2^22: float32 has no digits behind the point there. Said in a
+#: tensor each time, lest a compiler takes it away; TVM calls the C library for each number of its own rounding.
+_ROUND = np.array([1.5 * 2**23], np.float32)
+#: From NCHW to NHWC, and back.
+_LAST, _SECOND = [0, 2, 3, 1], [0, 3, 1, 2]
+_CONV2D, _MATMUL, _QUANTIZE, _DEQUANTIZE, _PERMUTE, _ADD, _RELU, _RESHAPE = (
     Op.get(f"relax.{name}")
-    for name in ("nn.conv2d", "matmul", "quantize", "dequantize", "permute_dims", "add", "nn.relu")
+    for name in ("nn.conv2d", "matmul", "quantize", "dequantize", "permute_dims", "add", "nn.relu", "reshape")
 )
 
 
@@ -84,6 +89,8 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
             made = self.layer(call)
         elif call.op == _QUANTIZE and self.fixed_point:
             made = self.requantized(call)
+        elif call.op == _PERMUTE:
+            made = self.unanchored(call)
         call = super().visit_call_(call) if made is None else made
         if made is None and call.op == _QUANTIZE:
             return self.quantized(call)
@@ -128,6 +135,27 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
         moved = self.builder_.emit(relax.op.add(value, along(np.array([z0]), call, 0, "int64")))
         low = max(limits.min, z0) if relu is not None else limits.min
         return relax.op.astype(bounded(moved, low, limits.max), kind)
+
+    def unanchored(self, call: Any) -> Any:
+        """Return the Q inside T'(reshape(Q(reshape(T(x))))), passes/anchor_layout.py: it is of use elsewhere alone."""
+        chain, value = [call], call.args[0]
+        for op in (_RESHAPE, _QUANTIZE, _RESHAPE, _PERMUTE):
+            found = self.source(value, op)
+            if found is None:
+                return None
+            chain.append(found)
+            value = found.args[0]
+        _, back, q, _, there = chain
+        scale = number(q.args[1])
+        turns = [[int(i) for i in one.attrs.axes or ()] for one in (there, call)]
+        if turns != [_LAST, _SECOND] or scale is None or scale.size != 1 or _sizes(back) != _sizes(there):
+            return None
+        inner = relax.op.quantize(value, *q.args[1:], axis=1, out_dtype=str(q.attrs.out_dtype))
+        return self.quantized(self.builder_.normalize(self._with_new(inner)))
+
+    def _with_new(self, call: Any) -> Any:
+        """Return a call with its arguments as they are rewritten."""
+        return super().visit_call_(call)
 
     def only(self, value: Any, op: Any) -> Any:
         """Return the call of an operator that made a value which nothing else reads."""
@@ -210,12 +238,17 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
         kind = str(call.attrs.out_dtype)
         if s is None or z is None or kind not in ("int8", "uint8", "int16", "uint16"):
             return call
-        by = (1.0 / s.astype(np.float64)).astype(np.float32)
-        found = relax.op.round(relax.op.multiply(x, along(by, x, call.attrs.axis)))
+        by, limits = (1.0 / s.astype(np.float64)).astype(np.float32), np.iinfo(kind)
+        low, high = (limit - z.astype(np.float32) for limit in (limits.min, limits.max))
+        found = relax.op.multiply(x, along(by, x, call.attrs.axis))
+        # z is a whole number: what is bounded first is rounded to the same
+        found = relax.op.maximum(found, along(low, x, call.attrs.axis))
+        found = relax.op.minimum(found, along(high, x, call.attrs.axis))
+        for make in (relax.op.add, relax.op.subtract):
+            found = make(found, along(_ROUND, x, 0))
         if z.any():
             found = relax.op.add(found, along(z.astype(np.float32), x, call.attrs.axis))
-        limits = np.iinfo(kind)
-        return relax.op.astype(bounded(self.builder_.normalize(found), limits.min, limits.max), kind)
+        return relax.op.astype(found, kind)
 
     def dequantized(self, call: Any) -> Any:
         x, scale, zero = call.args
@@ -227,6 +260,10 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
         if z.any():
             found = relax.op.subtract(found, along(z.astype(np.float32), x, call.attrs.axis))
         return relax.op.multiply(found, along(s.astype(np.float32), x, call.attrs.axis))
+
+
+def _sizes(value: Any) -> list[int]:
+    return [int(i) for i in value.ty.shape]
 
 
 def along(values: np.ndarray, x: Any, axis: int, dtype: str = "float32") -> Any:

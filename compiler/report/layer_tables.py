@@ -74,6 +74,7 @@ _FIELDS: tuple[_Field, ...] = (
     _Field("node", lambda x: text.clean(x.node), _ALWAYS),
     _Field("op", lambda x: text.clean(x.op), _ALWAYS),
     _Field("precision", lambda x: text.clean(x.precision.replace("float8", "")), _ALWAYS),
+    _Field("#ms", lambda x: text.fixed(x.latency_ms, 4), lambda x: x.latency_ms is not None),
     _Field("#range", lambda x: _range(x.output_range), _ALWAYS),
     _Field("#scale", lambda x: text.MISSING if x.scale is None else f"{x.scale:.3g}", _ALWAYS),
     _Field("#clipped\n%", lambda x: text.fixed(x.clipped_percent, 3), lambda x: x.clipped_percent is not None),
