@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINKS := $(VENV)/typing
+TVM := $(VENV)/tvm
 ARM := $(VENV)/aarch64
 ARM_WHEELS := --no-deps --only-binary=:all: --python-version 3.11 --implementation cp --abi cp311 \
 	$(addprefix --platform manylinux_2_,28_aarch64 27_aarch64 24_aarch64)
 
-.PHONY: demo test test-all lint format bench aarch64 clean
+.PHONY: demo test test-tvm tvm lint aarch64 clean
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,16 +24,26 @@ demo: $(READY)  ## compile the bundled digits model for this machine and show th
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -c tests/pytest.ini --rootdir=tests tests
 
-aarch64: $(ARM)/.ready  ## what builds modules for Arm here and runs them: TVM, its runtime for aarch64; as root, Debian's tools
+tvm: $(TVM)/.ready  ## an environment with TVM: one of its own, since the others' tests must not meet it
 
-$(ARM)/.ready: $(READY)
+$(TVM)/.ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(TVM)
+	$(TVM)/bin/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+	$(TVM)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,tvm]'
+	touch $@
+
+test-tvm: $(TVM)/.ready  ## the tests that want TVM; those for Arm run where `make aarch64` was
+	$(TVM)/bin/python -m pytest -c tests/pytest.ini --rootdir=tests tests/test_tvm*.py
+
+aarch64: $(ARM)/.ready  ## what runs modules for Arm here: TVM's runtime for aarch64; as root, Debian's tools
+
+$(ARM)/.ready: $(TVM)/.ready
 	[ "$$(id -u)" != 0 ] || \
 		{ apt-get update -q && apt-get install -qy gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[tvm]'
 	rm -rf $(ARM)
-	$(BIN)/pip download --quiet --disable-pip-version-check $(ARM_WHEELS) --dest $(ARM) \
+	$(TVM)/bin/pip download --quiet --disable-pip-version-check $(ARM_WHEELS) --dest $(ARM) \
 		'apache-tvm==0.27.*' apache-tvm-ffi==0.1.14.post1
-	cd $(ARM) && for wheel in *.whl; do $(CURDIR)/$(BIN)/python -m zipfile -e $$wheel .; done
+	cd $(ARM) && for wheel in *.whl; do $(CURDIR)/$(TVM)/bin/python -m zipfile -e $$wheel .; done
 	rm -f $(ARM)/*.whl $(ARM)/tvm/lib/libtvm_compiler.so  # the compiler runs here, the modules there
 	touch $@
 

@@ -279,3 +279,15 @@ def test_a_module_for_another_processor_does_not_open_with_a_trace(tmp_path):
     api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", device="raspberry-pi-5", tune=0)
     with pytest.raises(UserError):
         api.open_bundle(tmp_path / "out")
+
+
+@installed
+def test_functions_without_a_space_of_their_own_are_drawn_from_metaschedules(tmp_path):
+    """The same schedule for the same number, which is all that is kept of it."""
+    from edgec.backends.tvm import network
+
+    net = prepared(written(tmp_path, "g (float[1,4,4] x) => (float[1,4,4] y) { y = MatMul (x, x) }"))
+    (function,) = net.functions
+    seeds = [c for c in function.space.choices() if "seed" in c]
+    one, same, other = (network.scheduled(function, c).script() for c in (seeds[3], seeds[3], seeds[4]))
+    assert one == same != other

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm.target.codegen import target_has_features as has
@@ -21,12 +21,13 @@ class Dot:
 
 @dataclass(frozen=True)
 class Machine:
-    """A processor as schedules see it: float32 lanes of a vector register, how many registers there are, threads."""
+    """A processor as schedules see it: float32 lanes of a vector register, registers, threads; TVM's target of it."""
 
     lanes: int
     registers: int
     dot: Dot | None
     threads: int
+    target: Any = field(default=None, repr=False, compare=False)
 
 
 #: LLVM's feature, float32 lanes, registers; the first that the target has. The last is what any target can do.
@@ -44,4 +45,4 @@ def machine_of(target: Any) -> Machine:
     intrinsics.register()
     lanes, registers = next((lanes, count) for name, lanes, count in _VECTORS if not name or has(name, target))
     dot = next((dot for name, width, dot in _DOTS if width == lanes and has(name, target)), None)
-    return Machine(lanes, registers, dot, int(target.attrs.get("num-cores", 1)))
+    return Machine(lanes, registers, dot, int(target.attrs.get("num-cores", 1)), target)

@@ -30,6 +30,8 @@ _SPATIAL = 0
 _WITH_FOURS = (2, 4)
 #: A multiply-add's result is there four cycles later, and two begin in each.
 _AT_ONCE = 8
+#: Schedules that MetaSchedule draws for functions that are none of ours, at most.
+_DRAWN = 48
 #: Rows of a stretch that the first guess takes.
 _STRETCH = 8
 
@@ -231,13 +233,15 @@ class Plain:
     name: ClassVar[str] = "plain"
     machine: Machine
     sizes: tuple[int, ...]
+    sums: bool
 
     @classmethod
     def of(cls, schedule: Any, machine: Machine) -> Plain | None:
         """Return the space of a function, None where a size is not known."""
         try:
             blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
-            return cls(machine, tuple(int(schedule.get(loop).extent) for b in blocks for loop in schedule.get_loops(b)))
+            sizes = tuple(int(schedule.get(loop).extent) for b in blocks for loop in schedule.get_loops(b))
+            return cls(machine, sizes, any(_roles(schedule, block)[1] for block in blocks))
         except Exception:  # TVM raises what it likes: sizes that are not known, no root
             return None
 
@@ -246,13 +250,20 @@ class Plain:
         return self.sizes
 
     def choices(self) -> list[Choice]:
-        """Return lanes for the last axis, rows that a transposition takes at once, and whether sums go in lanes."""
+        """Return lanes for the last axis, rows that a transposition takes at once, and whether sums go in lanes.
+
+        Where there are sums, also numbers that MetaSchedule draws a schedule by, from its space for the function.
+        """
         lanes = self.machine.lanes
         table = ((lanes, 4, 1), (lanes, 4, 0), (lanes, 1, 0), (2 * lanes, 8, 1), (lanes, 8, 0), (1, 1, 0))
-        return [{"lanes": n, "across": a, "sums": s} for n, a, s in table]
+        drawn: list[Choice] = [{"seed": i} for i in range(_DRAWN if self.sums else 0)]
+        return [*({"lanes": n, "across": a, "sums": s} for n, a, s in table), *drawn]
 
     def apply(self, schedule: Any, choice: Choice) -> None:
         """Schedule the function."""
+        if "seed" in choice:
+            _drawn(schedule, self.machine, choice["seed"])
+            return
         for block in schedule.get_child_blocks(schedule.get_sblock("root")):
             if not _roles(schedule, block)[1] and len(schedule.get_consumers(block)) == 1:
                 _tried(schedule, lambda s, b=block: s.compute_inline(b))
@@ -327,6 +338,21 @@ def _last_axes(schedule: Any, block: Any) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------- parts
+
+
+def _drawn(schedule: Any, machine: Machine, seed: int) -> None:
+    """Apply a schedule that MetaSchedule draws, the same for the same seed. ValueError where it finds none."""
+    from tvm.s_tir import meta_schedule as ms
+
+    context = ms.TuneContext(
+        mod=schedule.mod, target=machine.target, space_generator="post-order-apply", search_strategy="replay-trace",
+        task_name="function", num_threads=1, rand_state=seed + 1,
+    )  # fmt: skip
+    context.pre_tuning(1, 1, database=ms.database.MemoryDatabase(), cost_model=ms.CostModel.create("random"))
+    found = context.generate_measure_candidates()
+    if not found:
+        raise ValueError(f"MetaSchedule draws nothing by {seed}")
+    found[0].sch.trace.apply_to_schedule(schedule, remove_postproc=False)
 
 
 def _tried(schedule: Any, change: Any) -> None:
