@@ -17,6 +17,7 @@ from ..compiler.types import (
     DeviceProfile,
     FloatScheme,
     InputSpec,
+    Measurement,
     OpSupport,
     Progress,
     QuantScheme,
@@ -37,12 +38,16 @@ FLOAT32 = FloatScheme("float32", "float32")
 
 @dataclass(frozen=True)
 class Lowering:
-    """How one compile wants things built: seconds of tuning, the threads that it will run with (0: all), the seed."""
+    """How one compile wants things built: seconds of tuning, the threads that it will run with (0: all), the seed.
+
+    `target` is where it will be measured, for backends that tune there; None where nothing is measured.
+    """
 
     tune: float = 60.0
     threads: int = 0
     seed: int = 0
     progress: Progress = silent
+    target: Target | None = None
 
 
 class Runner(Protocol):
@@ -86,6 +91,32 @@ class Backend(Protocol):
 
     def open(self, artifact: Artifact, threads: int) -> Runner:
         """Open an artifact on this machine. UnavailableError where the toolchain is missing."""
+
+
+class Target(Protocol):
+    """Where artifacts run and are timed."""
+
+    @property
+    def url(self) -> str:
+        """What a person calls it: `local`, or what was given to `--target`."""
+
+    def refuses(self, backend: Backend) -> str | None:
+        """Return why nothing of this backend's runs there, or None."""
+
+    def open(self, backend: Backend, artifact: Artifact, threads: int) -> Runner:
+        """Open an artifact to be run there, on so many threads (0: all). Errors as of Backend.open."""
+
+    def measure(
+        self,
+        runners: Mapping[str, Runner],
+        feed: Mapping[str, np.ndarray],
+        *,
+        baseline: str,
+        threads: int,
+        seconds: float = 4.0,
+        progress: Progress = silent,
+    ) -> dict[str, Measurement]:
+        """Time runners that it has opened, on the same input, interleaved; `baseline` names what to compare with."""
 
 
 def load(name: str) -> Backend:

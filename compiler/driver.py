@@ -70,7 +70,7 @@ def _compile(
         model=path.name,
         device=this.profile,
         backend=this.backend.name,
-        target="local" if this.target else "none",
+        target=this.target.url if this.target else "none",
         precision=chosen.precision,
         headline="",
         original=state.measured["original"],

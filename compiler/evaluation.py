@@ -18,7 +18,7 @@ from .metrics import load_metric
 from .types import Artifact, Fidelity, Preprocess, Progress, Robustness, UnderCondition
 
 if TYPE_CHECKING:
-    from ..backends.base import Runner
+    from ..backends.base import Runner, Target
     from .fidelity import Metric
 
 #: How many images a model gets at once, and what the judged model is called beside its original.
@@ -150,6 +150,15 @@ def open_any(path: Path, threads: int, *, optimise: bool = True, device: str = "
         return Session(path, threads=threads, optimise=False)
     runtime = backends.load("ort")
     return runtime.open(runtime.lower(path, devices.find(device), "as given"), threads)
+
+
+def open_there(path: Path, target: Target, threads: int) -> Runner:
+    """Open a bundle on a target elsewhere. UserError for what cannot run there, else the errors of open_any."""
+    if not path.is_dir():
+        what = "an ONNX file cannot run there as it is"
+        raise UserError(what, where=f"{path} --target {target.url}", fix="compile it for there, and give the bundle")
+    artifact = bundle.artifact_of(path, bundle.read_manifest(path))
+    return target.open(backends.load(artifact.backend), artifact, threads)
 
 
 def _source(path: Path) -> Path | None:
