@@ -69,9 +69,11 @@ class Session:
         except TimeoutError as error:
             raise Lost("it does not answer") from error
         except Exception as error:  # TVM raises what it likes
-            if not self.alive():
-                raise Lost(_first_line(error)) from error
-            raise
+            if self.alive():
+                raise
+            logger.info("a session ended: %s", _first_line(error))
+            late = "SessionTimeout" in str(error)
+            raise Lost("it took longer than a session may" if late else "its server hung up") from error
 
     def alive(self) -> bool:
         """Say whether the board answers."""
