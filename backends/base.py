@@ -100,6 +100,9 @@ class Target(Protocol):
     def url(self) -> str:
         """What a person calls it: `local`, or what was given to `--target`."""
 
+    def check(self) -> None:
+        """Raise UnavailableError where nothing can run there now."""
+
     def refuses(self, backend: Backend) -> str | None:
         """Return why nothing of this backend's runs there, or None."""
 

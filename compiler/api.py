@@ -212,6 +212,7 @@ def bench(
     from . import model as model_io
 
     there = targets.of(target, progress)
+    there.check()
     path, other = Path(model), _path(against)
     if target == "local":
         count = threads or device_table.usable_cores()

@@ -228,8 +228,7 @@ def _target(
     problem = backend.unavailable()
     if problem is not None:
         raise problem
-    if isinstance(target, RpcTarget):
-        target.check()
+    target.check()
     return target, None
 
 

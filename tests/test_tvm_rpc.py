@@ -128,8 +128,17 @@ def test_what_does_not_run_on_boards(tmp_path, tiny):
     url = "rpc://127.0.0.1:9190/pi"
     with pytest.raises(UserError, match="no ONNX Runtime"):
         api.compile(tiny / "model.onnx", tmp_path / "out", target=url, backend="ort")
-    with pytest.raises(UserError, match="cannot run there as it is"):
-        api.bench(tiny / "model.onnx", target=url)
+    with boards.pretended({"pi": [9090]}) as port, pytest.raises(UserError, match="cannot run there as it is"):
+        api.bench(tiny / "model.onnx", target=f"rpc://127.0.0.1:{port}/pi")
+    with boards.pretended({"pi": [9090]}) as port, pytest.raises(UnavailableError, match="there are: pi"):
+        api.bench(tiny / "model.onnx", target=f"rpc://127.0.0.1:{port}/rock")
+
+
+def test_a_board_that_the_tracker_knows_but_nobody_reaches():
+    closed = ["127.0.0.1", boards.free_port(), "pi:0.5"]
+    with boards.pretended({"pi": [9090]}, [closed]) as port, pytest.raises(UnavailableError) as caught:
+        targets.of(f"rpc://127.0.0.1:{port}/pi").board.borrowed(60)
+    assert "out of reach, 4 times" in caught.value.what and "--custom-addr" in caught.value.what
 
 
 def test_the_command_line_ends_with_words(edgec, tmp_path, tiny):
@@ -339,16 +348,16 @@ def test_a_schedule_that_never_ends_is_ended_with_its_session(farm, monkeypatch)
 
 @installed
 def test_a_board_that_is_lost_too_often_ends_the_compile(farm, monkeypatch):
-    from edgec.backends.tvm import remote
+    from edgec.backends.tvm.board import Lost
 
     board = targets.of(farm.url("pi")).board
     tried = []
 
     def work(session):
         tried.append(session)
-        raise remote.Lost("its server hung up")
+        raise Lost("its server hung up")
 
-    with pytest.raises(UnavailableError, match="lost 4 times while it was in use; the last time: its server hung up"):
+    with pytest.raises(UnavailableError, match="lost, or out of reach, 4 times; the last time: its server hung up"):
         board.use(10, work)
     assert len(tried) == 4
 

@@ -17,6 +17,9 @@ class LocalTarget:
 
     url = "local"
 
+    def check(self) -> None:
+        """Do nothing: this machine is there."""
+
     def refuses(self, backend: Backend) -> str | None:
         """Return None: what a backend lacks here it says itself."""
         return None

@@ -1,6 +1,6 @@
 """Boards behind a TVM tracker as the target: rpc://HOST:PORT/KEY, KEY being what the boards' servers are started with.
 
-Modules are built here and sent over; the tracker queues those who ask for a board. What needs TVM is in tvm/remote.py.
+Modules are built here and sent over; the tracker queues those who ask for a board. backends/tvm has the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..base import Backend, Runner
-    from ..tvm.remote import Board
+    from ..tvm.board import Board
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _NAMES = {"ort": "ONNX Runtime", "tensorrt": "TensorRT"}
@@ -69,7 +69,7 @@ class RpcTarget:
     @cached_property
     def board(self) -> Board:
         """The board, whichever it will be. ImportError without TVM."""
-        from ..tvm.remote import Board
+        from ..tvm.board import Board
 
         return Board(self)
 

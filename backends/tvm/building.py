@@ -17,7 +17,8 @@ from ...compiler.types import DeviceProfile
 from ..base import Lowering, Runner
 from ..targets.rpc import RpcTarget
 from . import clock, cuda, exporting, layers, network, records, targets, tuning
-from .remote import Board, Remote
+from .board import Board
+from .remote import Remote
 from .runner import opened
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import numpy as np
 import tvm
 
 from ...compiler.errors import UnavailableError
+from .board import Board, Lost, Session
 from .exporting import exported
-from .remote import Board, Lost, Session
 
 logger = logging.getLogger(__name__)
 
