@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from edgec.backends import targets
 from edgec.backends.base import load
 from edgec.backends.targets import rpc, timing, tracker
 from edgec.backends.targets.local import LocalTarget
+from edgec.backends.tvm.remote import Remote
 from edgec.compiler import api, doctor
 from edgec.compiler.errors import UnavailableError, UserError
 
@@ -344,6 +346,29 @@ def test_a_schedule_that_never_ends_is_ended_with_its_session(farm, monkeypatch)
         with pytest.raises(clock.Fatal):
             there.seconds(faulty("hangs"))
         assert there.seconds(sane()) < 1
+
+
+@installed
+def test_a_board_that_does_not_answer_is_given_up(farm, compiled, monkeypatch):
+    """A process that is stopped neither answers nor hangs up, as a board whose cable was pulled."""
+    from edgec.backends.tvm.board import Lost, Session
+
+    out, _ = compiled
+    server = farm.serve("frozen")
+    board = targets.of(farm.url("frozen")).board
+    session = board.borrowed(60)
+    (process,) = children(server.pid)
+    module = Remote(out / "model.so", board, 1).on(session)
+    x = np.zeros((1, 3, 16, 16), np.float32)
+    assert module.run([x])
+    os.kill(process, signal.SIGSTOP)
+    monkeypatch.setattr(Session.call, "__defaults__", (0.3,))
+    start = time.monotonic()
+    with pytest.raises(Lost, match="does not answer"):
+        module.run([x])
+    session.close()
+    del module  # freed on the board, were it there
+    assert time.monotonic() - start < 5
 
 
 @installed

@@ -8,12 +8,14 @@ needs no TVM, and nothing is tried again for a minute as TVM's own client does.
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
+import stat
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,11 @@ class Lent:
     host: str
     port: int
     word: str
+
+    def addresses(self) -> list[tuple[str, int]]:
+        """Return the addresses that the host has. OSError where its name is not known."""
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        return [(str(address[0]), int(address[1])) for *_, address in found]
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,27 @@ def knock(lent: Lent) -> None:
     with socket.create_connection((lent.host, lent.port), timeout=CONNECT) as connection:
         connection.sendall(struct.pack("<i", 0))
         connection.recv(1)
+
+
+def hang_up(lent: Lent) -> None:
+    """Break off what this process has to do with a board's server, also what waits for it in another thread.
+
+    TVM does not give its sockets away, and what frees an object of a board's waits for the call that is under way.
+    """
+    for number in _open_files():
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(number)) as one:
+                if one.getpeername()[:2] in lent.addresses():
+                    one.shutdown(socket.SHUT_RDWR)
+
+
+def _open_files() -> list[int]:
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        with suppress(OSError):
+            return [int(name) for name in os.listdir(folder)]
+    return []
 
 
 def _send(connection: socket.socket, message: object) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...compiler.errors import UnavailableError
-from ..targets.tracker import Lent, knock
+from ..targets.tracker import Lent, hang_up, knock
 
 if TYPE_CHECKING:
     from ..targets.rpc import RpcTarget
@@ -47,7 +47,7 @@ class Session:
     def __init__(self, lent: Lent, seconds: int) -> None:
         """Connect to the board's server. Lost where it cannot be reached."""
         self._ends = time.monotonic() + seconds + _GRACE
-        self._uploads = 0
+        self._lent, self._uploads = lent, 0
         try:
             knock(lent)
             from tvm import rpc
@@ -62,7 +62,11 @@ class Session:
         try:
             return _within(max(min(self._ends - time.monotonic(), seconds), 0.0), work)
         except TimeoutError as error:
+            hang_up(self._lent)
             raise Lost("it does not answer") from error
+        except KeyboardInterrupt:
+            hang_up(self._lent)
+            raise
         except Exception as error:  # TVM raises what it likes
             if self.alive():
                 raise
@@ -75,6 +79,9 @@ class Session:
         left = min(self._ends - time.monotonic(), _BEGIN)
         try:
             _within(max(left, 0.0), lambda: self.remote.get_function("runtime.NumThreads")())
+        except TimeoutError:
+            hang_up(self._lent)
+            return False
         except Exception:  # whatever it is, it does not
             return False
         return True
