@@ -36,7 +36,8 @@ class Job:
     """One compile: what was asked, resolved to objects.
 
     `images` are calibrated on, as `--degrade` has them; ranges are chosen for all of `conditions` where there are any.
-    The images to judge by are clean. `threads` are those of what runs here, `target_threads` of what runs there.
+    The images to judge by are clean. `threads` are those of what runs here, `target_threads` of what runs on the target
+    (0: all).
     """
 
     path: Path
@@ -46,7 +47,6 @@ class Job:
     target: Target | None
     not_measured: str | None
     threads: int
-    target_threads: int
     preprocess: Preprocess | None
     images: folder.Folder | None
     judged: folder.Folder | None
@@ -55,6 +55,7 @@ class Job:
     #: When the search shall end, on time.monotonic's clock; None where no time budget is stated.
     deadline: float | None = None
     conditions: Mapping[str, folder.Folder] = field(default_factory=dict)
+    target_threads: int = 0
 
     @property
     def seconds_left(self) -> float | None:
