@@ -17,6 +17,7 @@ from ..compiler.types import (
     DeviceProfile,
     FloatScheme,
     InputSpec,
+    Measurement,
     OpSupport,
     Progress,
     QuantScheme,
@@ -40,6 +41,7 @@ class Lowering:
     """How one compile wants things built: seconds of tuning, the threads that it will run with (0: all), the seed.
 
     `fixed_point`: integers are requantized by integers alone, where the backend can.
+    `target` is where it will be measured, for backends that tune there; None where nothing is measured.
     """
 
     tune: float = 60.0
@@ -47,6 +49,7 @@ class Lowering:
     seed: int = 0
     progress: Progress = silent
     fixed_point: bool = False
+    target: Target | None = None
 
 
 class Runner(Protocol):
@@ -98,6 +101,35 @@ class Backend(Protocol):
 
     def open(self, artifact: Artifact, threads: int) -> Runner:
         """Open an artifact on this machine. UnavailableError where the toolchain is missing."""
+
+
+class Target(Protocol):
+    """Where artifacts run and are timed."""
+
+    @property
+    def url(self) -> str:
+        """What a person calls it: `local`, or what was given to `--target`."""
+
+    def check(self) -> None:
+        """Raise UnavailableError where nothing can run there now."""
+
+    def refuses(self, backend: Backend) -> str | None:
+        """Return why nothing of this backend's runs there, or None."""
+
+    def open(self, backend: Backend, artifact: Artifact, threads: int) -> Runner:
+        """Open an artifact to be run there, on so many threads (0: all). Errors as of Backend.open."""
+
+    def measure(
+        self,
+        runners: Mapping[str, Runner],
+        feed: Mapping[str, np.ndarray],
+        *,
+        baseline: str,
+        threads: int,
+        seconds: float = 4.0,
+        progress: Progress = silent,
+    ) -> dict[str, Measurement]:
+        """Time runners that it has opened, on the same input, interleaved; `baseline` names what to compare with."""
 
 
 def load(name: str) -> Backend:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import bundle as bundles
 from . import devices as device_table
 from .bundle import Bundle, open_bundle
-from .errors import UnavailableError
 from .inspection import inspect
 from .options import Options, parse_low_rank, parse_prune, parse_steps
 from .types import Budget, DeviceProfile, Fidelity, Inspection, Measurement, Progress, Range, Report, Robustness, silent
@@ -205,30 +205,31 @@ def bench(
 ) -> list[Measurement]:
     """Measure a bundle or an ONNX file on this machine, interleaved with `against` where given.
 
-    `against` is the baseline of the speed-up; a bundle that carries its FP32 baseline is compared with that. Raises
-    UnavailableError where the bundle's backend or the target is not here.
+    `against` is the baseline of the speed-up; a bundle that carries its FP32 baseline is compared with that. With
+    `target` rpc://HOST:PORT/KEY bundles of TVM's are measured on a board. Raises UnavailableError where the bundle's
+    backend or the target is not here, UserError for what does not run there.
     """
-    from ..backends.targets.local import LocalTarget
+    from ..backends import targets
     from . import evaluation
     from . import model as model_io
 
-    if target != "local":
-        raise UnavailableError(
-            f"target {target!r} is not in this version of edgec",
-            where="--target",
-            fix="run edgec bench on the device itself",
-        )
-    path, count = Path(model), threads or device_table.usable_cores()
-    carried = path / bundles.BASELINE
-    other = _path(against) or (carried if carried.is_file() else None)
-    runners = {path.name: evaluation.open_any(path, count, device=device)}
+    there = targets.of(target, progress)
+    there.check()
+    path, other = Path(model), _path(against)
+    if target == "local":
+        count = threads or device_table.usable_cores()
+        carried = path / bundles.BASELINE
+        other = other or (carried if carried.is_file() else None)
+        opened = functools.partial(evaluation.open_any, threads=count, device=device)
+    else:
+        count = threads
+        opened = functools.partial(evaluation.open_there, target=there, threads=count)
+    runners = {path.name: opened(path)}
     if other is not None:
-        runners[f"{other.name} (baseline)"] = evaluation.open_any(other, count, device=device)
+        runners[f"{other.name} (baseline)"] = opened(other)
     baseline = list(runners)[-1]
     feed = model_io.sample_inputs(runners[path.name].inputs, seed=0)
-    measured = LocalTarget().measure(
-        runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress
-    )
+    measured = there.measure(runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress)
     return [measured[name] for name in runners]
 
 

@@ -17,8 +17,11 @@ from typing import Literal
 import platformdirs
 
 from .._version import __version__
-from ..backends import base
+from ..backends import base, targets
+from ..backends.targets import rpc
+from ..backends.targets.tracker import Tracker
 from .devices import Cpu, local_profile, machine_arch, read_cpu, usable_cores, visible_gpus
+from .errors import UnavailableError
 from .types import DeviceProfile, QuantScheme
 
 TRTEXEC = Path("/usr/src/tensorrt/bin/trtexec")  # where JetPack and the Debian packages put it, off the PATH
@@ -52,8 +55,14 @@ class Finding:
     fix: str | None = None
 
 
-def examine() -> list[Finding]:
-    """Return what can be said of this machine and this installation, in the order in which it is shown."""
+def examine(target: str = "local") -> list[Finding]:
+    """Return what can be said of this machine and this installation, or of a tracker's boards, in the order shown.
+
+    UserError for a target that is not understood, UnavailableError for one that this version has not.
+    """
+    if target.startswith("rpc:"):
+        return list(_boards(*rpc.parsed(target)))
+    targets.of(target)
     profile, cpu = local_profile(), read_cpu()
     parts: tuple[Callable[[], Iterable[Finding]], ...] = (
         lambda: _machine(profile, cpu),
@@ -67,6 +76,25 @@ def examine() -> list[Finding]:
         _governor,
     )
     return [finding for part in parts for finding in part()]
+
+
+def _boards(tracker: Tracker, key: str | None) -> Iterable[Finding]:
+    try:
+        there = tracker.boards()
+    except UnavailableError as error:
+        yield Finding("tracker", "missing", f"{tracker}: {error.what}", fix=error.fix)
+        return
+    yield Finding("tracker", "ok", f"{tracker}, keys: {', '.join(there) or 'none'}")
+    for name, boards in there.items():
+        if key in (None, name):
+            state = f"{len(boards.servers)} connected, {boards.free} free, {boards.busy} busy"
+            waiting = f", {boards.waiting} waiting for one" if boards.waiting else ""
+            yield Finding(name, "ok", f"{state}{waiting} ({', '.join(boards.servers)})")
+    try:
+        if key is not None or not there:
+            tracker.refuse(key or "KEY", there)
+    except UnavailableError as error:
+        yield Finding(key or "boards", "missing", error.what if key else "none is connected", fix=error.fix)
 
 
 def _machine(profile: DeviceProfile, cpu: Cpu) -> Iterable[Finding]:

@@ -72,7 +72,7 @@ def _compile(
         model=path.name,
         device=this.profile,
         backend=this.backend.name,
-        target="local" if this.target else "none",
+        target=this.target.url if this.target else "none",
         precision=chosen.precision,
         headline="",
         original=state.measured["original"],
@@ -139,7 +139,8 @@ def _timed(this: Job, chosen: Candidate, rows: tuple[Layer, ...]) -> tuple[Layer
     """Return the layers with the times of their kernels, where the backend tells them."""
     if this.target is None or this.backend.runs_onnx:
         return rows
-    runner = this.backend.open(this.backend.lower(chosen.path, this.profile, chosen.precision), this.threads)
+    lowered = this.backend.lower(chosen.path, this.profile, chosen.precision)
+    runner = this.target.open(this.backend, lowered, this.target_threads)
     if not isinstance(runner, Profiled):
         return rows
     times = {node: ms for _, node, ms in runner.profile(job.one_input(this)) if node is not None}

@@ -18,7 +18,7 @@ from .metrics import load_metric
 from .types import Artifact, Fidelity, Preprocess, Progress, Robustness, UnderCondition
 
 if TYPE_CHECKING:
-    from ..backends.base import Runner
+    from ..backends.base import Runner, Target
     from .fidelity import Metric
 
 #: How many images a model gets at once, and what the judged model is called beside its original.
@@ -165,6 +165,15 @@ def operator_times(path: Path, threads: int) -> list[OperatorTime]:
             named = [OperatorTime(node or name, 1, ms, ms / total) for name, node, ms in rows]
             return sorted(named, key=lambda row: -row.milliseconds)
     return profile(path / bundle.MODEL if path.is_dir() else path, threads)
+
+
+def open_there(path: Path, target: Target, threads: int) -> Runner:
+    """Open a bundle on a target elsewhere. UserError for what cannot run there, else the errors of open_any."""
+    if not path.is_dir():
+        what = "an ONNX file cannot run there as it is"
+        raise UserError(what, where=f"{path} --target {target.url}", fix="compile it for there, and give the bundle")
+    artifact = bundle.artifact_of(path, bundle.read_manifest(path))
+    return target.open(backends.load(artifact.backend), artifact, threads)
 
 
 def _source(path: Path) -> Path | None:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends import base as backends
+from ..backends import targets
 from ..backends.base import FLOAT32, Lowering
 from ..backends.ort import Session
-from ..backends.targets.local import LocalTarget
+from ..backends.targets.rpc import RpcTarget
 from ..calib import folder
 from ..calib import preprocess as preprocessing
 from . import devices, fidelity
 from . import model as model_io
-from .errors import DataError, ModelError, UnavailableError, UserError
+from .errors import DataError, ModelError, UserError
 from .metrics import load_metric
 from .options import PRECISIONS, Options, Saving
 from .proof import LARGE
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from ..backends.base import Backend
+    from ..backends.base import Backend, Target
 
 
 #: Threads that a device has whose cores are not known.
@@ -39,14 +40,15 @@ class Job:
     """One compile: what was asked, resolved to objects.
 
     `images` are calibrated on, as `--degrade` has them; ranges are chosen for all of `conditions` where there are any.
-    The images to judge by are clean.
+    The images to judge by are clean. `threads` are those of what runs here, `target_threads` of what runs on the target
+    (0: all).
     """
 
     path: Path
     options: Options
     profile: DeviceProfile
     backend: Backend
-    target: LocalTarget | None
+    target: Target | None
     not_measured: str | None
     threads: int
     preprocess: Preprocess | None
@@ -57,6 +59,7 @@ class Job:
     #: When the search shall end, on time.monotonic's clock; None where no time budget is stated.
     deadline: float | None = None
     conditions: Mapping[str, folder.Folder] = field(default_factory=dict)
+    target_threads: int = 0
 
     @property
     def seconds_left(self) -> float | None:
@@ -91,10 +94,11 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     metric = load_metric(options.metric) if options.metric else None
     url = options.target or ("local" if here else None)
     threads = options.threads or devices.usable_cores()
-    there = threads if here else options.threads or (profile.cores if profile.kind == "cpu" else None) or _CORES
-    how = Lowering(options.tune, there, options.seed, progress, options.fixed_point)
-    backend = _backend(options, profile, url).prepared(how)
-    target, why = _target(url, profile, backend)
+    backend = _backend(options, profile, url)
+    target, why = _target(url, profile, backend, progress)
+    there = _target_threads(options, profile, target)
+    how = Lowering(options.tune, there, options.seed, progress, options.fixed_point, target)
+    backend = backend.prepared(how)
     _check_savings(options, why if backend.runs_onnx else "layers are timed by ONNX Runtime's profiler only")
     specs = honest_specs(path, model)
     pre = images = judged = None
@@ -116,6 +120,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         target=target,
         not_measured=why,
         threads=threads,
+        target_threads=there,
         preprocess=pre,
         images=images,
         judged=_with_labels(judged, metric),
@@ -207,26 +212,37 @@ def _backend(options: Options, profile: DeviceProfile, url: str | None) -> Backe
     """Return the backend that was named, or the device's first choice that can run where it shall be measured."""
     if options.backend != "auto":
         return backends.load(options.backend)
+    if url is not None and url.startswith("rpc:"):
+        return backends.load("tvm")
     known = [backends.load(name) for name in profile.backends if name in backends.BACKENDS]
     if url == "local":
         known = [b for b in known if b.unavailable() is None]
     return known[0]
 
 
-def _target(url: str | None, profile: DeviceProfile, backend: Backend) -> tuple[LocalTarget | None, str | None]:
+def _target(
+    url: str | None, profile: DeviceProfile, backend: Backend, progress: Progress
+) -> tuple[Target | None, str | None]:
     """Return where to measure, or why nothing is measured. UnavailableError for what was asked and is not there."""
     if url is None:
         return None, f"this machine is not a {profile.title}; carry the bundle there and run edgec bench on it"
-    if url != "local":
-        raise UnavailableError(
-            f"target {url!r} is not in this version of edgec",
-            where="--target",
-            fix="use --target local, or leave it out",
-        )
+    target = targets.of(url, progress)
+    refusal = target.refuses(backend)
+    if refusal is not None:
+        raise UserError(refusal, where=f"--target {url} --backend {backend.name}", fix="use --backend tvm there")
     problem = backend.unavailable()
     if problem is not None:
         raise problem
-    return LocalTarget(), None
+    target.check()
+    return target, None
+
+
+def _target_threads(options: Options, profile: DeviceProfile, target: Target | None) -> int:
+    """Return the threads to build and measure for: all cores of a board, where they are known, or of this machine."""
+    elsewhere = isinstance(target, RpcTarget) or not devices.is_this_machine(profile)
+    if options.threads or profile.is_local or not elsewhere:
+        return options.threads or devices.usable_cores()
+    return (profile.cores if profile.kind == "cpu" else None) or _CORES
 
 
 def one_input(job: Job) -> dict[str, np.ndarray]:

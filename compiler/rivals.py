@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..backends import base as backends
 from ..backends.base import Lowering
+from ..backends.targets.local import LocalTarget
 from . import guard, job
 from .errors import UserError
 from .report import text
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def raced(tried: Explored) -> tuple[Explored, tuple[str, ...]]:
     """Return what was explored, on the backend where it is fastest; a line for each backend that cannot run it."""
     this, told = tried.this, []
-    if this.options.backend != "auto" or this.target is None or this.profile.kind != "cpu":
+    if this.options.backend != "auto" or not isinstance(this.target, LocalTarget) or this.profile.kind != "cpu":
         return tried, ()
     for name in this.profile.backends:
         other = backends.load(name)
@@ -46,7 +47,7 @@ def raced(tried: Explored) -> tuple[Explored, tuple[str, ...]]:
 def _lowering(this: Job) -> Lowering:
     options, left = this.options, this.seconds_left
     tune = options.tune if left is None else min(options.tune, left)
-    return Lowering(tune, this.threads, options.seed, this.progress, options.fixed_point)
+    return Lowering(tune, this.threads, options.seed, this.progress, options.fixed_point, this.target)
 
 
 def _objection(tried: Explored, other: Backend) -> str | None:
@@ -69,7 +70,10 @@ def _beside(tried: Explored, other: Backend) -> Explored:
         chosen.name: (this.backend, chosen.path, chosen.precision),
         name: (other, chosen.path, chosen.precision),
     }
-    runners = {n: b.open(b.lower(path, this.profile, kind), this.threads) for n, (b, path, kind) in lowered.items()}
+    runners = {
+        n: this.target.open(b, b.lower(path, this.profile, kind), this.threads)
+        for n, (b, path, kind) in lowered.items()
+    }
     measure = functools.partial(
         this.target.measure, feed=job.one_input(this), threads=this.threads, progress=this.progress
     )

@@ -27,15 +27,22 @@ def measure(this: Job, candidates: Sequence[Candidate], *, seconds: float = SECO
     if this.target is None:
         return {n: Measurement(n, "none", None, reason=this.not_measured) for n in names}
     runners: dict[str, Runner] = {}
+    missing: dict[str, Measurement] = {}
     home = this.backend if this.backend.runs_onnx else backends.load("ort")  # what runs the original as it is
-    runners["original"] = home.open(home.lower(this.path, this.profile, "fp32"), this.threads)
+    refusal = this.target.refuses(home)
+    if refusal is not None:
+        missing["original"] = Measurement("original", this.target.url, None, reason=refusal)
+    else:
+        original = home.lower(this.path, this.profile, "fp32")
+        runners["original"] = this.target.open(home, original, this.target_threads)
     for c in candidates:
-        runners[c.name] = this.backend.open(this.backend.lower(c.path, this.profile, c.precision), this.threads)
-    return this.target.measure(
+        artifact = this.backend.lower(c.path, this.profile, c.precision)
+        runners[c.name] = this.target.open(this.backend, artifact, this.target_threads)
+    return missing | this.target.measure(
         runners,
         job.one_input(this),
         baseline=candidates[0].name,
-        threads=this.threads,
+        threads=this.target_threads,
         seconds=seconds,
         progress=this.progress,
     )

@@ -44,7 +44,8 @@ def _elsewhere(job: Job) -> tuple[str, ...]:
         name = text.precision(job.options.precision)
         return (f"{name} was simulated: numbers are rounded as it rounds them, and computed with as FP32",)
     here = f"quality was judged on this machine, which is not a {job.profile.title}"
-    return (f"{here}: the device's kernels may round otherwise",) if job.target is None else ()
+    elsewhere = job.target is None or job.target.url != "local"
+    return (f"{here}: the device's kernels may round otherwise",) if elsewhere and not job.profile.is_local else ()
 
 
 def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...compiler.types import Measurement, Progress, silent
-from ..base import Runner
+from ...compiler.types import Artifact, Measurement, Progress, silent
+from ..base import Backend, Runner
 from . import timing
 
 
@@ -16,6 +16,17 @@ class LocalTarget:
     """Runs and times artifacts in this process."""
 
     url = "local"
+
+    def check(self) -> None:
+        """Do nothing: this machine is there."""
+
+    def refuses(self, backend: Backend) -> str | None:
+        """Return None: what a backend lacks here it says itself."""
+        return None
+
+    def open(self, backend: Backend, artifact: Artifact, threads: int) -> Runner:
+        """Open an artifact in this process."""
+        return backend.open(artifact, threads)
 
     def measure(
         self,

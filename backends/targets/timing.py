@@ -11,6 +11,7 @@ the per-round ratios baseline / candidate, its interval by the same ranks.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -47,24 +48,54 @@ def interleave(
     Runs for `seconds` in all, but at least `min_rounds` and at most `max_rounds` rounds. Each call is warmed up
     first, for its share of `warm_up` seconds and at least three times.
     """
+    return in_turn(
+        calls,
+        {name: functools.partial(_milliseconds, call) for name, call in calls.items()},
+        seconds=seconds,
+        warm_up=warm_up,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    watches: Mapping[str, Callable[[], float]],
+    *,
+    seconds: float = 4.0,
+    warm_up: float = 0.3,
+    min_rounds: int = 50,
+    max_rounds: int = 2000,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, np.ndarray]:
+    """Interleave as above, by stop-watches of the target's own.
+
+    A watch runs its call once untimed and once timed, and returns the milliseconds of the latter; `calls` warm up.
+    """
     for call in calls.values():
         end, runs = time.perf_counter() + warm_up, 0
         while runs < 3 or time.perf_counter() < end:
             call()
             runs += 1
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names, rng = list(calls), np.random.default_rng(seed)
+    samples: dict[str, list[float]] = {name: [] for name in watches}
+    names, rng = list(watches), np.random.default_rng(seed)
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() < end):
         for name in (names[i] for i in rng.permutation(len(names))):
-            call = calls[name]
-            call()
-            start = time.perf_counter()
-            call()
-            samples[name].append((time.perf_counter() - start) * 1e3)
+            samples[name].append(watches[name]())
         rounds += 1
         progress("measuring latency", rounds, None)
     return {name: np.array(values) for name, values in samples.items()}
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    call()
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
 
 
 def summarise(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,12 @@ from ...compiler import devices
 from ...compiler import model as model_io
 from ...compiler.errors import UnavailableError, UserError
 from ...compiler.types import DeviceProfile
-from ..base import Lowering
-from . import clock, cuda, layers, network, records, targets, tuning
+from ..base import Lowering, Runner
+from ..targets.rpc import RpcTarget
+from . import clock, cuda, exporting, layers, network, records, targets, tuning
+from .board import Board
+from .remote import Remote
+from .runner import opened
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,8 +32,6 @@ _ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
 #: How far a module's outputs may be from ONNX Runtime's, relative to their largest: in float32, and where integers are
 #: rounded, since a tie that falls the other way is a step of a Q, and grows.
 _IN_FLOATS, _IN_INTEGERS = 1e-4, 0.05
-#: What links for a processor that is not this machine's, by the triple's first part; Debian's package of it.
-_LINKERS = {"aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")}
 
 
 def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
@@ -37,7 +39,8 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
     graph = model_io.load(model)
     inputs = model_io.input_specs(graph)
     rounds = any(node.op_type in _ROUNDING for node in graph.graph)
-    here = devices.is_this_machine(profile)
+    board = how.target.board if isinstance(how.target, RpcTarget) else None
+    here = board is None and devices.is_this_machine(profile)
     target = targets.target_of(profile, how.threads)
     facts: dict[str, Any] = {
         "inputs": [[spec.name, spec.dtype, spec.shape] for spec in inputs],
@@ -51,7 +54,7 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
             executable = cuda.built(model, inputs, target)
         else:
             net = network.prepared(model, inputs, target, fixed_point=how.fixed_point)
-            found = _tuned(net, how, here)
+            found = _tuned(net, how, here, board)
             executable = network.built(net, found.choices)
             facts |= _told(net, found, graph)
     except UserError:
@@ -60,16 +63,20 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
         logger.debug("TVM failed", exc_info=True)
         why = f"TVM cannot build it: {' '.join(str(error).strip().splitlines()[:1])}"
         raise UnavailableError(why, where="backend tvm", fix="use --backend ort") from error
-    library = _exported(executable, model, profile, targets.cpu_of(profile).triple)
+    library = exporting.exported(executable, model, targets.cpu_of(profile).triple)
     library.with_suffix(library.suffix + ".json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    if here:
-        _proven(model, library, how, _IN_INTEGERS if rounds else _IN_FLOATS)
+    if here or board is not None:
+        module = opened(library, how.threads) if board is None else Remote(library, board, how.threads)
+        _proven(model, module, how, _IN_INTEGERS if rounds else _IN_FLOATS)
     return library
 
 
-def _tuned(net: network.Network, how: Lowering, here: bool) -> tuning.Tuned:
-    watch = clock.Here(net.target, how.threads) if here else None
-    return tuning.tune(net, records.Records(net.target), watch, how.tune, progress=how.progress)
+def _tuned(net: network.Network, how: Lowering, here: bool, board: Board | None) -> tuning.Tuned:
+    tune = functools.partial(tuning.tune, net, records.Records(net.target), progress=how.progress)
+    if board is None:
+        return tune(clock.Here(net.target, how.threads) if here else None, how.tune)
+    with clock.There(net.target, how.threads, board) as there:
+        return tune(there, how.tune)
 
 
 def _told(net: network.Network, found: tuning.Tuned, graph: ir.Model) -> dict[str, Any]:
@@ -112,27 +119,11 @@ def _nodes_by_weight(graph: ir.Model) -> dict[str, str]:
     return found
 
 
-def _exported(executable: Any, model: Path, profile: DeviceProfile, triple: str) -> Path:
-    library, archive = model.with_suffix(".so"), model.with_suffix(".tar")
-    arch = triple.partition("-")[0]
-    if arch == devices.machine_arch():
-        executable.export_library(str(library))
-        return library
-    linker, package = _LINKERS.get(arch, ("", ""))
-    if shutil.which(linker):
-        executable.export_library(str(library), cc=linker)
-        return library
-    logger.info("%s is not here (Debian: %s): objects alone, which are linked on the device", linker, package)
-    executable.export_library(str(archive))
-    return archive
-
-
-def _proven(model: Path, library: Path, how: Lowering, agree: float) -> None:
+def _proven(model: Path, module: Runner, how: Lowering, agree: float) -> None:
     """Compare the module's outputs with ONNX Runtime's, optimisations off. UnavailableError where they differ."""
     from ..ort import Session
-    from .runner import opened
 
-    module, session = opened(library, how.threads), Session(model, threads=how.threads, optimise=False)
+    session = Session(model, threads=min(how.threads, devices.usable_cores()), optimise=False)
     feed = model_io.sample_inputs(module.inputs, how.seed)
     wanted = session.run(feed)
     for name, given in module.run(feed).items():

@@ -66,6 +66,16 @@ class Records:
         known.sort(key=lambda one: sum(abs(math.log2((a + 1) / (b + 1))) for a, b in zip(mine, one[0], strict=True)))
         return [one[1] for one in known]
 
+    def shun(self, function: Function, choice: Choice) -> None:
+        """Keep that a choice takes down what it runs on."""
+        others = [one for one in self.shunned(function) if one != dict(choice)]
+        self._memory.put(f"shunned {function.key}", [*others, dict(choice)])
+
+    def shunned(self, function: Function) -> list[Choice]:
+        """Return the choices that are not to be tried again."""
+        found = self._memory.get(f"shunned {function.key}")
+        return found if isinstance(found, list) else []
+
     def _known(self, name: str) -> list[Any]:
         found = self._memory.get(f"alike {name}")
         return found if isinstance(found, list) else []

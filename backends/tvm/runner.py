@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +18,61 @@ from ...compiler.types import InputSpec
 _PROVIDERS = {"cpu": "TVM, llvm", "cuda": "TVM, cuda"}
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is said beside a library: what it reads and gives, TVM's name of its device, its calls and their nodes."""
+
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    device: str
+    provider: str
+    calls: tuple[tuple[str, str | None], ...]
+
+    @classmethod
+    def of(cls, library: Path) -> Facts:
+        """Read them. OSError, ValueError or KeyError where they are missing or damaged."""
+        said = json.loads(library.with_suffix(library.suffix + ".json").read_text(encoding="utf-8"))
+        inputs = tuple(InputSpec(name, dtype, tuple(shape)) for name, dtype, shape in said["inputs"])
+        calls = tuple((name, node) for name, node in said.get("calls", []))
+        return cls(inputs, tuple(said["outputs"]), said["device"], _PROVIDERS[said["device"]], calls)
+
+
 def opened(path: Path, threads: int) -> Module:
     """Open a library with what is said beside it. ModelError if it is broken, UnavailableError without its device."""
     try:
-        facts = json.loads(path.with_suffix(path.suffix + ".json").read_text(encoding="utf-8"))
-        return Module(path, facts, threads)
+        return Module(path, Facts.of(path), threads)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         why = str(error).strip().splitlines()[:1]
         raise ModelError(f"it does not load: {' '.join(why)}", where=str(path), fix="compile again") from error
 
 
+def one_by_one(
+    facts: Facts, feed: Mapping[str, np.ndarray], once: Callable[[list[np.ndarray]], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Run a module that was built for batch 1 on a feed of any batch; `once` takes its inputs in order."""
+    given = [np.ascontiguousarray(feed[spec.name], dtype=spec.dtype) for spec in facts.inputs]
+    free = [spec.shape[:1] == (None,) for spec in facts.inputs]
+    batch = max((len(a) for a, f in zip(given, free, strict=True) if f), default=1)
+    if batch == 1:
+        return once(given)
+    each = [once([a[i : i + 1] if f else a for a, f in zip(given, free, strict=True)]) for i in range(batch)]
+    return {name: np.concatenate([one[name] for one in each]) for name in facts.outputs}
+
+
 class Module:
     """A Runner over one Relax virtual machine. A module built for batch 1 takes more images one by one."""
 
-    def __init__(self, path: Path, facts: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, path: Path, facts: Facts, threads: int) -> None:
         """Load the library; `facts` is what is said beside it."""
         import tvm
         from tvm import relax
 
-        self.inputs = tuple(InputSpec(name, dtype, tuple(shape)) for name, dtype, shape in facts["inputs"])
-        self.outputs, self.provider = tuple(facts["outputs"]), _PROVIDERS[facts["device"]]
-        self.calls = [(name, node) for name, node in facts.get("calls", [])]
+        self.inputs, self.outputs, self.provider = facts.inputs, facts.outputs, facts.provider
+        self._facts, self.calls = facts, facts.calls
         if threads:
             tvm.get_global_func("runtime.config_threadpool")(1, threads)
-        self._device = tvm.device(facts["device"])
-        if facts["device"] != "cpu" and not self._device.exist:
+        self._device = tvm.device(facts.device)
+        if facts.device != "cpu" and not self._device.exist:
             raise UnavailableError("there is no CUDA GPU here", where=str(path), fix="open it on the device")
         self._tensor = tvm.runtime.tensor
         self._library = tvm.runtime.load_module(str(path))
@@ -51,15 +83,7 @@ class Module:
         return self._run(self._main, feed)
 
     def _run(self, main: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        given = [np.ascontiguousarray(feed[spec.name], dtype=spec.dtype) for spec in self.inputs]
-        batch = max((len(a) for a, s in zip(given, self.inputs, strict=True) if s.shape[:1] == (None,)), default=1)
-        if batch == 1:
-            return self._once(main, given)
-        free = [spec.shape[:1] == (None,) for spec in self.inputs]
-        each = [
-            self._once(main, [a[i : i + 1] if f else a for a, f in zip(given, free, strict=True)]) for i in range(batch)
-        ]
-        return {name: np.concatenate([one[name] for one in each]) for name in self.outputs}
+        return one_by_one(self._facts, feed, functools.partial(self._once, main))
 
     def profile(self, feed: Mapping[str, np.ndarray], runs: int = 30) -> list[tuple[str, str | None, float]]:
         """Return each call of a function, its ONNX node where one is known, and its median milliseconds.
@@ -90,7 +114,7 @@ class Module:
             samples.append(list(now))
         medians = 1e3 * np.median(np.array(samples), axis=0)
         # TVM leaves out calls that only say another shape
-        left = iter([(name, node) for name, node in self.calls if name in names])
+        left = iter([(name, node) for name, node in self._facts.calls if name in names])
         nodes = [next((node for known, node in left if known == name), None) for name in names]
         return [(name, node, float(ms)) for name, node, ms in zip(names, nodes, medians, strict=True)]
 

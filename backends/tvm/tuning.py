@@ -10,15 +10,18 @@ nothing else.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from ...compiler.types import Progress, silent
-from .clock import Clock
+from .clock import Clock, Fatal
 from .network import Function, Network, with_schedule
 from .records import Record, Records
 from .schedules import Choice
+
+logger = logging.getLogger(__name__)
 
 #: Choices that are timed in a round; in a function's first one so many guesses.
 _ROUND = 6
@@ -58,8 +61,15 @@ class Tuned:
 
     @property
     def choices(self) -> dict[str, Choice]:
-        """The best choice that is known of each function."""
-        return {t.function.name: t.best.choice for t in self.tasks if t.best is not None}
+        """The best choice that is known of each function; where all that were tried failed, one that was not."""
+        found = {t.function.name: t.best.choice for t in self.tasks if t.best is not None}
+        for task in self.tasks:
+            space = task.function.space
+            if task.best is None and task.tried and space is not None:
+                untried = [choice for choice in space.choices() if _key(choice) not in task.tried]
+                if untried:
+                    found[task.function.name] = untried[0]
+        return found
 
 
 def tune(
@@ -70,7 +80,8 @@ def tune(
     for function in network.functions:
         if function.space is not None:
             record = records.get(function)
-            tasks.append(Task(function, record, known=record is not None and record.rounds >= _ENOUGH))
+            shunned = {_key(choice) for choice in records.shunned(function)}
+            tasks.append(Task(function, record, shunned, known=record is not None and record.rounds >= _ENOUGH))
     found = Tuned(tasks)
     if clock is None:
         return found
@@ -104,13 +115,13 @@ def _round(task: Task, found: Tuned, records: Records, clock: Clock, deadline: f
         if time.monotonic() > deadline and task.best is not None:
             break
         task.tried.add(_key(choice))
-        body = with_schedule(task.function, choice)
-        seconds = None if body is None else clock.seconds(body)
+        seconds = _seconds(task, choice, records, clock)
         if seconds is None:
             found.failed += 1
             continue
         found.trials += 1
-        if task.best is None or (seconds < _BETTER * task.best.seconds and _again(task, body, seconds, clock)):
+        better = task.best is None or seconds < _BETTER * task.best.seconds
+        if better and (task.best is None or _again(task, choice, seconds, records, clock)):
             task.best = Record(choice, seconds)
     task.rounds += 1
     gained = task.best is not None and (before is None or task.best.choice != before.choice)
@@ -119,11 +130,22 @@ def _round(task: Task, found: Tuned, records: Records, clock: Clock, deadline: f
         records.put(task.function, replace(task.best, rounds=task.rounds))
 
 
-def _again(task: Task, body: object, seconds: float, clock: Clock) -> bool:
+def _seconds(task: Task, choice: Choice, records: Records, clock: Clock) -> float | None:
+    """Return what a choice takes; None where it fails. What takes its machine down is not tried again, ever."""
+    body = with_schedule(task.function, choice)
+    try:
+        return None if body is None else clock.seconds(body)
+    except Fatal as error:
+        logger.info("%s, %s: %s", task.function.name, dict(choice), error)
+        records.shun(task.function, choice)
+        return None
+
+
+def _again(task: Task, choice: Choice, seconds: float, records: Records, clock: Clock) -> bool:
     """Say whether a choice wins beside the best once more."""
     assert task.best is not None
-    best = clock.seconds(with_schedule(task.function, task.best.choice))
-    again = clock.seconds(body)
+    best = _seconds(task, task.best.choice, records, clock)
+    again = _seconds(task, choice, records, clock)
     if best is None or again is None:
         return False
     task.best = Record(task.best.choice, min(best, task.best.seconds))

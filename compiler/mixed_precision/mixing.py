@@ -147,7 +147,7 @@ def weighed(this: Job, quantizer: Quantizer, judge: Closeness | None = None) -> 
     """Return the program of a quantizer that no mixtures were made of, for stepping back; None without images."""
     if this.images is None:
         return None
-    feed = None if this.target is None else job.one_input(this)
+    feed = None if this.target is None or this.target.url != "local" else job.one_input(this)
     found = weigh(
         quantizer, this.images, feed, threads=this.threads, seed=this.options.seed, judge=judge,
         deadline=this.deadline, progress=this.progress,

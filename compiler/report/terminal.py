@@ -138,9 +138,9 @@ def render_device(profile: DeviceProfile, console: Console) -> None:
     _table(tool_tables.device(profile), console)
 
 
-def render_findings(found: Iterable[Finding], console: Console) -> None:
+def render_findings(found: Iterable[Finding], console: Console, title: str = "This machine") -> None:
     """Print what doctor found, and how to mend what is amiss."""
-    _table(tool_tables.findings(found), console)
+    _table(tool_tables.findings(found, title), console)
 
 
 # --------------------------------------------------------------------------------------------- setting

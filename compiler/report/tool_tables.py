@@ -119,10 +119,10 @@ def _source(fact: Fact) -> str:
     return f"unverified{f': {source}' if source else ''}" if fact.unverified or not source else source
 
 
-def findings(found: Iterable[Finding]) -> Table:
+def findings(found: Iterable[Finding], title: str = "This machine") -> Table:
     """What `doctor` looked at, with how to mend what is amiss."""
     rows = ((text.clean(f.name), text.clean(f.status), _remedy(f)) for f in found)
-    return Table("This machine", columns("", "status", "found"), tuple(rows))
+    return Table(title, columns("", "status", "found"), tuple(rows))
 
 
 def _remedy(finding: Finding) -> str:
