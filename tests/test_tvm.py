@@ -291,3 +291,11 @@ def test_functions_without_a_space_of_their_own_are_drawn_from_metaschedules(tmp
     seeds = [c for c in function.space.choices() if "seed" in c]
     one, same, other = (network.scheduled(function, c).script() for c in (seeds[3], seeds[3], seeds[4]))
     assert one == same != other
+
+
+@installed
+def test_as_many_threads_run_as_are_asked_for(tmp_path):
+    code = "from edgec.backends.tvm.threads import use; print(use(1), use(2), use(1))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    asked = [1, min(2, devices.usable_cores()), 1]
+    assert [int(n) for n in done.stdout.split()] == asked

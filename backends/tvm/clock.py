@@ -14,6 +14,7 @@ import tvm
 from ...compiler.errors import UnavailableError
 from .board import Board, Lost, Session
 from .exporting import exported
+from .threads import use
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,7 @@ class Here:
     def __init__(self, target: Any, threads: int) -> None:
         """Take a TVM target of kind llvm for this machine."""
         self._target = target
-        if threads:
-            tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        use(threads)
 
     def seconds(self, body: Any, repeats: int = 5) -> float | None:
         """Return the fastest of some repeats, of a millisecond each: what else runs here only adds time."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...compiler.errors import ModelError, UnavailableError
 from ...compiler.types import InputSpec
+from .threads import use
 
 _PROVIDERS = {"cpu": "TVM, llvm", "cuda": "TVM, cuda"}
 
@@ -69,8 +70,7 @@ class Module:
 
         self.inputs, self.outputs, self.provider = facts.inputs, facts.outputs, facts.provider
         self._facts, self.calls = facts, facts.calls
-        if threads:
-            tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        use(threads)
         self._device = tvm.device(facts.device)
         if facts.device != "cpu" and not self._device.exist:
             raise UnavailableError("there is no CUDA GPU here", where=str(path), fix="open it on the device")
