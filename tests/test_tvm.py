@@ -218,6 +218,27 @@ def test_ctrl_c_keeps_what_was_found(tmp_path):
 
 
 @installed
+def test_after_ctrl_c_a_compile_tunes_no_more(tmp_path, monkeypatch):
+    from edgec.backends.base import Lowering
+    from edgec.backends.tvm import tuning
+
+    asked, real = [], tuning.tune
+
+    def interrupted(net, records, clock, seconds, **rest):
+        asked.append(seconds)
+        found = real(net, records, clock, 0.0, **rest)
+        found.interrupted = True
+        return found
+
+    monkeypatch.setattr(tuning, "tune", interrupted)
+    backend = Tvm().prepared(Lowering(tune=9.0, threads=1))
+    for name in ("one", "two"):
+        text = NET.replace("pads = [1,1,1,1]", "pads = [0,1,0,1]") if name == "two" else NET
+        backend.lower(written(tmp_path / name, text), LOCAL, "fp32")
+    assert asked == [9.0, 0.0]
+
+
+@installed
 def test_schedules_that_do_not_run_are_passed_over(tmp_path):
     from edgec.backends.tvm import records, tuning
 

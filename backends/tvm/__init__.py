@@ -51,17 +51,22 @@ _NARROW = "TVM has no {} here: it imports none. Take int8, or --backend ort"
 _ON_GPU = "TVM's CUDA modules are float32 in this version of edgec: take fp32, or --backend tensorrt"
 
 
-@dataclass(frozen=True)
-class Tvm:
-    """Compiles to a library for a device's CPU, or a CUDA module. `how` says how long to tune, and for how many
-    threads.
-
-    `built` are the libraries that one compile has made already, by content: a candidate is lowered to be measured, and
-    once more where it is handed over.
+@dataclass
+class Made:
+    """What one compile has made already: libraries by content, since a candidate is lowered to be measured, and once
+    more where it is handed over; and whether the user has had enough of tuning (Ctrl-C).
     """
 
+    libraries: dict[str, Path] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Tvm:
+    """Compiles to a library for a device's CPU, or a CUDA module. `how`: seconds of tuning, threads, and so on."""
+
     how: Lowering = Lowering()
-    built: dict[str, Path] = field(default_factory=dict)
+    made: Made = field(default_factory=Made)
     name: ClassVar[str] = "tvm"
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
     casts: ClassVar[bool] = False
@@ -69,7 +74,7 @@ class Tvm:
 
     def prepared(self, how: Lowering) -> Tvm:
         """Return the backend as one compile wants it."""
-        return replace(self, how=how, built={})
+        return replace(self, how=how, made=Made())
 
     def unavailable(self) -> UserError | None:
         """Return why TVM cannot be used on this machine, or None."""
@@ -91,8 +96,7 @@ class Tvm:
         return tuple(support.refusals(model))
 
     def lower(self, model: Path, profile: DeviceProfile, precision: str) -> Artifact:
-        """Tune and compile an ONNX file to a library beside it, with a file that says what it reads, gives and is made
-        of.
+        """Tune and compile an ONNX file to a library beside it, with a file that says what it reads, gives and is.
 
         What was compiled of the same file already is taken. UnavailableError where TVM is missing, or knows no such
         device.
@@ -103,9 +107,12 @@ class Tvm:
         if problem is not None:
             raise problem
         key = hashlib.sha256(model.read_bytes() + profile.name.encode()).hexdigest()
-        done = self.built.get(key)
+        done = self.made.libraries.get(key)
         if done is None:
-            done = self.built[key] = building.build(model, profile, self.how)
+            how = replace(self.how, tune=0.0) if self.made.interrupted else self.how
+            done, interrupted = building.build(model, profile, how)
+            self.made.libraries[key] = done
+            self.made.interrupted |= interrupted
         library = model.with_suffix(done.suffix)
         if done != library:
             for suffix in (done.suffix, done.suffix + _SAID):

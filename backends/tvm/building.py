@@ -34,8 +34,11 @@ _ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
 _IN_FLOATS, _IN_INTEGERS = 1e-4, 0.05
 
 
-def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
-    """Write the library beside the ONNX file and return it: model.so, or model.tar if only the device can link it."""
+def build(model: Path, profile: DeviceProfile, how: Lowering) -> tuple[Path, bool]:
+    """Write the library beside the ONNX file and return it: model.so, or model.tar if only the device can link it.
+
+    Also whether tuning was interrupted.
+    """
     graph = model_io.load(model)
     inputs = model_io.input_specs(graph)
     rounds = any(node.op_type in _ROUNDING for node in graph.graph)
@@ -49,6 +52,7 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
         "device": "cuda" if str(target.kind.name) == "cuda" else "cpu",
         "tvm": metadata.version("apache-tvm"),
     }
+    interrupted = False
     try:
         if facts["device"] == "cuda":
             executable = cuda.built(model, inputs, target)
@@ -57,6 +61,7 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
             found = _tuned(net, how, here, board)
             executable = network.built(net, found.choices)
             facts |= _told(net, found, graph)
+            interrupted = found.interrupted
     except UserError:
         raise
     except Exception as error:  # TVM raises what it likes; --backend tvm is a wish that another program cannot fulfil
@@ -68,7 +73,7 @@ def build(model: Path, profile: DeviceProfile, how: Lowering) -> Path:
     if here or board is not None:
         module = opened(library, how.threads) if board is None else Remote(library, board, how.threads)
         _proven(model, module, how, _IN_INTEGERS if rounds else _IN_FLOATS)
-    return library
+    return library, interrupted
 
 
 def _tuned(net: network.Network, how: Lowering, here: bool, board: Board | None) -> tuning.Tuned:
