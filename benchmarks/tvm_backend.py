@@ -28,7 +28,8 @@ import onnx
 import tvm
 from edgec.backends.ort import Session
 from edgec.backends.targets import timing
-from edgec.backends.tvm import clock, importer, network, records, targets, tuning
+from edgec.backends.tvm import clock, network, records, targets, tuning
+from edgec.backends.tvm.lowering import importer
 from edgec.compiler import devices, pipeline
 from edgec.compiler import model as model_io
 from onnx import TensorProto, helper, numpy_helper

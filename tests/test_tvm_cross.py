@@ -61,7 +61,8 @@ def built(path, profile, threads=1):
     """Compile without tuning."""
     from edgec.backends.tvm import building
 
-    return building.build(path, devices.find(profile), Lowering(tune=0, threads=threads))
+    library, _ = building.build(path, devices.find(profile), Lowering(tune=0, threads=threads))
+    return library
 
 
 def written(folder, model):

@@ -236,7 +236,8 @@ def test_integers_are_exact(tmp_path):
 )
 def test_fixed_point_is_a_product_and_a_shift_of_integers(tmp_path, relu, zero):
     """Bit by bit what numpy computes by the formula of fixed_point.py, and within a step of Q/DQ in floats."""
-    from edgec.backends.tvm import fixed_point, network, targets
+    from edgec.backends.tvm import network, targets
+    from edgec.backends.tvm.lowering import fixed_point
 
     rng = np.random.default_rng(2)
     kind = zero.split()[0]

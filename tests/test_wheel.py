@@ -11,6 +11,8 @@ FOLDERS = (
     "backends",
     "backends/targets",
     "backends/tvm",
+    "backends/tvm/lowering",
+    "backends/tvm/spaces",
     "calib",
     "compiler",
     *(f"compiler/{name}" for name in COMPILER),

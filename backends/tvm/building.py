@@ -17,8 +17,9 @@ from ...compiler.errors import UnavailableError, UserError
 from ...compiler.types import DeviceProfile
 from ..base import Lowering, Runner
 from ..targets.rpc import RpcTarget
-from . import clock, cuda, exporting, layers, network, records, targets, tuning
+from . import clock, cuda, exporting, network, records, targets, tuning
 from .board import Board
+from .lowering import layers
 from .remote import Remote
 from .runner import opened
 

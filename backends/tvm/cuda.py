@@ -11,7 +11,7 @@ from tvm import relax
 from tvm.relax import transform
 
 from ...compiler.types import InputSpec
-from . import constants, importer
+from .lowering import constants, importer
 
 
 def built(path: Path, inputs: Sequence[InputSpec], target: Any) -> Any:

@@ -22,8 +22,9 @@ from tvm.relax import transform
 from tvm_ffi import structural_hash
 
 from ...compiler.types import InputSpec
-from . import constants, functions, importer, integers, layers, schedules
-from .machine import Machine, machine_of
+from . import spaces
+from .lowering import constants, functions, importer, integers, layers
+from .spaces.machine import Machine, machine_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Function:
     body: Any
     calls: int
     key: str
-    space: schedules.Space | None
+    space: spaces.Space | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ def _functions(module: Any, machine: Machine, called: Sequence[str]) -> list[Fun
     found = []
     for variable, body in module.functions_items():
         if isinstance(body, tirx.PrimFunc):
-            space = schedules.space_of(s_tir.Schedule(body), machine)
+            space = spaces.space_of(s_tir.Schedule(body), machine)
             name = variable.name_hint
             found.append(Function(name, body, called.count(name), f"{structural_hash(body):x}", space))
     return found
@@ -114,7 +115,7 @@ def _calls(module: Any, was: Mapping[str, str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def scheduled(function: Function, choice: schedules.Choice) -> Any:
+def scheduled(function: Function, choice: spaces.Choice) -> Any:
     """Return the function's body with a schedule. Raises what TVM raises where the schedule is not possible."""
     assert function.space is not None
     schedule = s_tir.Schedule(function.body)
@@ -122,7 +123,7 @@ def scheduled(function: Function, choice: schedules.Choice) -> Any:
     return schedule.mod["main"].without_attr("global_symbol")
 
 
-def built(network: Network, choices: Mapping[str, schedules.Choice]) -> Any:
+def built(network: Network, choices: Mapping[str, spaces.Choice]) -> Any:
     """Return the executable; functions that have no choice by their name take their space's first that is possible."""
     module = tvm.IRModule(dict(network.module.functions_items()))
     for function in network.functions:
@@ -132,7 +133,7 @@ def built(network: Network, choices: Mapping[str, schedules.Choice]) -> Any:
     return tvm.compile(module, target=network.target)
 
 
-def with_schedule(function: Function, choice: schedules.Choice | None) -> Any:
+def with_schedule(function: Function, choice: spaces.Choice | None) -> Any:
     """Return the function's body with this choice, or the first that is possible; None where none is."""
     if function.space is None:
         return None

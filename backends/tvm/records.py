@@ -15,7 +15,7 @@ from typing import Any
 
 from ...compiler import memory
 from .network import Function
-from .schedules import Choice
+from .spaces import Choice
 
 #: Functions of one class that are remembered by their features.
 _ALIKE = 200

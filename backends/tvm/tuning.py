@@ -19,7 +19,7 @@ from ...compiler.types import Progress, silent
 from .clock import Clock, Fatal
 from .network import Function, Network, with_schedule
 from .records import Record, Records
-from .schedules import Choice
+from .spaces import Choice
 
 logger = logging.getLogger(__name__)
 

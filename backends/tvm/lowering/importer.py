@@ -21,8 +21,8 @@ import onnx
 from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 
-from ...compiler.errors import ModelError
-from ...compiler.types import InputSpec
+from ....compiler.errors import ModelError
+from ....compiler.types import InputSpec
 from .constants import number
 
 logger = logging.getLogger(__name__)

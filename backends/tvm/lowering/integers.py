@@ -24,10 +24,10 @@ import numpy as np
 from tvm import relax
 from tvm.ir import Op
 
+from ..spaces.machine import Dot, Machine
 from .constants import number, rewritten
 from .fixed_point import dyadic
 from .importer import bounded
-from .machine import Dot, Machine
 
 #: Most products of two bytes in a sum that 32 bits hold.
 _MOST = (2**31 - 1) // (255 * 128)

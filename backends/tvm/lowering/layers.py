@@ -9,9 +9,9 @@ import numpy as np
 from tvm import relax, te
 from tvm.ir import Op
 
+from ..spaces.machine import Machine
 from . import kernels
 from .constants import number, rewritten
-from .machine import Machine
 
 #: TVM's kOutEWiseFusable: elementwise functions behind it join it.
 _FUSABLE = 4
