@@ -159,7 +159,7 @@ class Stopwatch:
     def __init__(self, seconds=1e-3, broken=(), interrupt=None):
         self.asked, self.constant, self.broken, self.interrupt = 0, seconds, set(broken), interrupt
 
-    def seconds(self, body, repeats=5):
+    def seconds(self, body, repeats=5, *, safe=True):
         self.asked += 1
         if self.asked == self.interrupt:
             raise KeyboardInterrupt
@@ -268,8 +268,22 @@ def test_a_module_with_other_numbers_is_not_handed_over(tmp_path, monkeypatch):
     from edgec.backends.tvm import building
 
     monkeypatch.setattr(building, "_IN_FLOATS", 0.0)
-    with pytest.raises(UnavailableError, match="other numbers than ONNX Runtime"):
+    with pytest.raises(UnavailableError, match="it gives other numbers"):
         api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", tune=0)
+
+
+@installed
+def test_a_model_whose_images_see_each_other_is_not_run_one_by_one(tmp_path):
+    """Every output is less the mean over the first axis, which only looks like a batch."""
+    text = "g (float[N,4] x) => (float[N,4] y) { m = ReduceMean <axes = [0]> (x)\n y = Sub (x, m) }"
+    with pytest.raises(UnavailableError, match="a batch is not its images one by one"):
+        api.compile(written(tmp_path, text), tmp_path / "out", backend="tvm", precision="fp32", tune=0)
+
+
+def test_inputs_of_any_size_are_refused_and_of_any_batch_not():
+    model = zoo.model("g (float[N,3,H,8] x) => (float[N,3,H,8] y) { y = Relu (x) }")
+    assert [r.node for r in support.refusals(model)] == ["x"]
+    assert not list(support.refusals(zoo.model("g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu (x) }")))
 
 
 @installed
@@ -320,3 +334,38 @@ def test_as_many_threads_run_as_are_asked_for(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     asked = [1, min(2, devices.usable_cores()), 1]
     assert [int(n) for n in done.stdout.split()] == asked
+
+
+@installed
+def test_what_may_crash_is_timed_in_a_worker(tmp_path):
+    from edgec.backends.tvm import clock
+
+    net = prepared(written(tmp_path, "g (float[1,4,4] x) => (float[1,4,4] y) { y = MatMul (x, x) }"))
+    body = net.functions[0].body
+    with clock.Here(net.target, 1) as watch:
+        assert watch.seconds(body, safe=False) > 0
+        first = watch._worker._process.pid
+        assert watch.seconds(body, safe=False) > 0 and watch._worker._process.pid == first
+        watch._worker._process.kill()
+        with pytest.raises(clock.Fatal):
+            watch.seconds(body, safe=False)
+        assert watch.seconds(body, safe=False) > 0
+        last = watch._worker._process
+    assert last.poll() is not None
+
+
+@installed
+def test_a_schedule_that_takes_its_worker_down_is_not_tried_again(tmp_path):
+    from edgec.backends.tvm import clock, records, tuning
+
+    class Fragile(Stopwatch):
+        def seconds(self, body, repeats=5, *, safe=True):
+            if not safe:
+                raise clock.Fatal("it took its process down")
+            return super().seconds(body, repeats)
+
+    net = prepared(written(tmp_path, "g (float[1,4,4] x) => (float[1,4,4] y) { y = MatMul (x, x) }"))
+    kept = records.Records(net.target)
+    found = tuning.tune(net, kept, Fragile(), 60.0)
+    assert found.failed and "seed" not in found.choices[net.functions[0].name]
+    assert all("seed" in choice for choice in kept.shunned(net.functions[0]))

@@ -402,7 +402,7 @@ def test_what_took_a_board_down_is_not_tried_again(tmp_path):
     asked = []
 
     class Grave:
-        def seconds(self, body, repeats=5):
+        def seconds(self, body, repeats=5, *, safe=True):
             asked.append(body)
             raise clock.Fatal("its server hung up")
 

@@ -92,7 +92,7 @@ class Tvm:
         return {"fp32": FLOAT32, "int8": INT8 if profile.kind == "cpu" or profile.sm is None else _ON_GPU, **narrow}
 
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
-        """Return the nodes that TVM's importer does not take."""
+        """Return the inputs and nodes that TVM, or its importer, does not take."""
         return tuple(support.refusals(model))
 
     def lower(self, model: Path, profile: DeviceProfile, precision: str) -> Artifact:

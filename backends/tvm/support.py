@@ -65,7 +65,11 @@ _TYPES = frozenset(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2F
 
 
 def refusals(model: ir.Model) -> Iterator[Refusal]:
-    """Yield the nodes that TVM cannot import, or imports wrongly."""
+    """Yield the inputs whose size is not known, and the nodes that TVM cannot import, or imports wrongly."""
+    for value in model.graph.inputs:
+        if value.shape is None or any(not isinstance(size, int) for size in list(value.shape)[1:]):
+            unknown = "its size is not known: TVM's modules are for one size, though for any batch"
+            yield Refusal(value.name or "input", RULE, unknown)
     for node in model.graph.all_nodes():
         why = next((said for rule in _RULES if (said := rule(node)) is not None), None)
         if why is not None:

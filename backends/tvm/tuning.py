@@ -19,7 +19,7 @@ from ...compiler.types import Progress, silent
 from .clock import Clock, Fatal
 from .network import Function, Network, with_schedule
 from .records import Record, Records
-from .spaces import Choice
+from .spaces import SEED, Choice
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _seconds(task: Task, choice: Choice, records: Records, clock: Clock) -> floa
     """Return what a choice takes; None where it fails. What takes its machine down is not tried again, ever."""
     body = with_schedule(task.function, choice)
     try:
-        return None if body is None else clock.seconds(body)
+        return None if body is None else clock.seconds(body, safe=SEED not in choice)
     except Fatal as error:
         logger.info("%s, %s: %s", task.function.name, dict(choice), error)
         records.shun(task.function, choice)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 Choice = Mapping[str, int]
+#: In a choice that MetaSchedule draws: nobody knows what it does beside its arrays.
+SEED = "seed"
 
 
 class Space(Protocol):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from . import Choice
+from . import SEED, Choice
 from .loops import SPATIAL, roles, shared_by_threads
 from .machine import Machine
 
@@ -48,13 +48,13 @@ class Plain:
         """
         lanes = self.machine.lanes
         table = ((lanes, 4, 1), (lanes, 4, 0), (lanes, 1, 0), (2 * lanes, 8, 1), (lanes, 8, 0), (1, 1, 0))
-        drawn: list[Choice] = [{"seed": i} for i in range(_DRAWN if self.sums else 0)]
+        drawn: list[Choice] = [{SEED: i} for i in range(_DRAWN if self.sums else 0)]
         return [*({"lanes": n, "across": a, "sums": s} for n, a, s in table), *drawn]
 
     def apply(self, schedule: Any, choice: Choice) -> None:
         """Schedule the function."""
-        if "seed" in choice:
-            _drawn(schedule, self.machine, choice["seed"])
+        if SEED in choice:
+            _drawn(schedule, self.machine, choice[SEED])
             return
         for block in schedule.get_child_blocks(schedule.get_sblock("root")):
             if not roles(schedule, block)[1] and len(schedule.get_consumers(block)) == 1:
