@@ -28,7 +28,7 @@ import onnx
 import tvm
 from edgec.backends.ort import Session
 from edgec.backends.targets import timing
-from edgec.backends.tvm import clock, network, records, targets, tuning
+from edgec.backends.tvm import clock, network, records, runner, targets, tuning
 from edgec.backends.tvm.lowering import importer
 from edgec.compiler import devices, pipeline
 from edgec.compiler import model as model_io
@@ -143,18 +143,19 @@ def cases(data: Path | None, only: str, place: Path) -> Iterator[Case]:
         yield from (layer(place, i) for i in range(len(LAYERS)))
 
 
-Call = Callable[[], object]
+Call = Callable[[], dict[str, np.ndarray]]
 
 
-def opened(path: Path, executable: object) -> tuple[Call, Callable[[], np.ndarray]]:
-    """Return a call of a module, numpy arrays in and out, and what its first output is."""
-    main = relax.VirtualMachine(executable, tvm.cpu())["main"]
-    feed = model_io.sample_inputs(model_io.input_specs(model_io.load(path)), seed=0)
-
-    def run() -> np.ndarray:
-        return main(*(tvm.runtime.tensor(a) for a in feed.values())).numpy()
-
-    return run, run
+def opened(path: Path, executable: object) -> Call:
+    """Return a call of a module as edgec runs it: numpy arrays in and out."""
+    model = model_io.load(path)
+    specs = model_io.input_specs(model)
+    with TemporaryDirectory() as folder:
+        library = Path(folder) / "model.so"
+        executable.export_library(str(library))
+        outputs = tuple(value.name for value in model.graph.outputs)
+        module = runner.Module(library, runner.Facts(specs, outputs, "cpu", "TVM", ()), TARGET_THREADS)
+    return functools.partial(module.run, model_io.sample_inputs(specs, seed=0))
 
 
 def plain(path: Path, target: object) -> object:
@@ -179,7 +180,7 @@ def peak(place: Path, target: object, seconds: float) -> float:
     g, a = Graph(), np.ones((1024, 1024), np.float32)
     y = g.add("Gemm", "x", g.weight(np.random.default_rng(0).random((1024, 1024), np.float32)))
     path = g.save(place / "peak.onnx", ("x", TensorProto.FLOAT, (1024, 1024)), (y, TensorProto.FLOAT))
-    run, _ = opened(path, built(path, target, seconds, place / "peak.sqlite")[0])
+    run = opened(path, built(path, target, seconds, place / "peak.sqlite")[0])
     session = Session(path, threads=1)
     calls = {"tvm": run, "ort": lambda: session.run({"x": a}), "numpy": lambda: a @ a}
     samples = timing.interleave(calls, seconds=3.0)
@@ -201,12 +202,12 @@ def measured(case: Case, tune: float, place: Path) -> Iterator[str]:
         "tuned": tuned,
         "again": network_of(case, target, again),
     }
-    calls: dict[str, Call] = {name: opened(case.floats, one)[0] for name, one in runs.items()}
+    calls: dict[str, Call] = {name: opened(case.floats, one) for name, one in runs.items()}
     slow = timing.interleave({"plain": calls.pop("plain"), "tuned": calls["tuned"]}, seconds=3.0, min_rounds=5)
     calls["ort"] = functools.partial(session.run, feed)
     if case.integers is not None:
         executable, _, _ = built(case.integers, target, tune, place / f"{case.integers.stem}.sqlite")
-        calls["int8"], _ = opened(case.integers, executable)
+        calls["int8"] = opened(case.integers, executable)
         other, bytes_ = Session(case.integers, threads=1), model_io.sample_inputs(
             model_io.input_specs(model_io.load(case.integers)), seed=0
         )  # fmt: skip
@@ -215,7 +216,8 @@ def measured(case: Case, tune: float, place: Path) -> Iterator[str]:
     ms = {name: float(np.median(values)) for name, values in samples.items()}
     ratio, low, high = timing.median_interval(samples["tuned"] / samples["ort"])
     (wanted,) = session.run(feed).values()
-    error = float(np.abs(calls["tuned"]() - wanted).max() / np.abs(wanted).max())  # type: ignore[operator]
+    (got,) = calls["tuned"]().values()
+    error = float(np.abs(got - wanted).max() / np.abs(wanted).max())
     yield from (f"{float(np.median(slow['plain'])):.3g}", f"{ms['guess']:.3g}", f"{ms['tuned']:.3g}")
     yield from (f"{found.trials} in {took:.0f} s", f"{ms['ort']:.3g}", f"{ratio:.2f} ({low:.2f} to {high:.2f})")
     yield f"{float(np.median(slow['plain'] / slow['tuned'])):.0f}x"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 
-VNNI, SDOT, SMULL = "edgec_dot_16x4_vnni", "edgec_dot_4x4_sdot", "edgec_dot_4x4_smull"
+VNNI, VNNI_256 = "edgec_dot_16x4_vnni", "edgec_dot_8x4_vnni"
+SDOT, SMULL = "edgec_dot_4x4_sdot", "edgec_dot_4x4_smull"
 
 
 @functools.cache
@@ -19,23 +20,6 @@ def register() -> None:
     """Make the instructions known to TVM, once in a process."""
     from tvm.s_tir import TensorIntrin
     from tvm.script import tirx as T
-
-    @T.prim_func(s_tir=True)
-    def vnni(
-        A: T.Buffer((4,), "uint8", offset_factor=1),
-        B: T.Buffer((16, 4), "int8", offset_factor=1),
-        C: T.Buffer((16,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(C[0:16], A[0:4], B[0:16, 0:4])
-            T.writes(C[0:16])
-            C[T.ramp(T.int32(0), 1, 16)] = T.call_llvm_pure_intrin(
-                T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512"),
-                C.vload([0], dtype="int32x16"),
-                T.reinterpret(T.broadcast(T.reinterpret(A.vload([0], "uint8x4"), dtype="int32"), 16), dtype="int8x64"),
-                B.vload([0, 0], dtype="int8x64"),
-                dtype="int32x16",
-            )
 
     @T.prim_func(s_tir=True)
     def sdot(
@@ -84,34 +68,54 @@ def register() -> None:
                     dtype="int32x4",
                 )
 
+    for name, lanes in ((VNNI, 16), (VNNI_256, 8)):
+        TensorIntrin.register(name, _wanted(lanes, "uint8"), _vnni(lanes), override=True)
+    TensorIntrin.register(SDOT, _wanted(4, "int8"), sdot, override=True)
+    TensorIntrin.register(SMULL, _wanted(4, "int8"), smull, override=True)
+
+
+def _wanted(lanes: int, activations: str):
+    """Return what an instruction of so many lanes computes."""
+    from tvm.script import tirx as T
+
     @T.prim_func(s_tir=True)
-    def wanted_16(
+    def wanted(
+        A: T.Buffer((4,), activations, offset_factor=1),
+        B: T.Buffer((lanes, 4), "int8", offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:4], B[0:lanes, 0:4])
+            T.writes(C[0:lanes])
+            for i, k in T.grid(lanes, 4):
+                with T.sblock("update"):
+                    vi, vk = T.axis.remap("SR", [i, k])
+                    C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
+
+    return wanted
+
+
+def _vnni(lanes: int):
+    """Return VPDPBUSD on 512 or 256 bits."""
+    from tvm.script import tirx as T
+
+    sums, four, wide = f"int32x{lanes}", f"int8x{4 * lanes}", f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+
+    @T.prim_func(s_tir=True)
+    def vnni(
         A: T.Buffer((4,), "uint8", offset_factor=1),
-        B: T.Buffer((16, 4), "int8", offset_factor=1),
-        C: T.Buffer((16,), "int32", offset_factor=1, scope="local"),
+        B: T.Buffer((lanes, 4), "int8", offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
     ) -> None:
         with T.sblock("root"):
-            T.reads(C[0:16], A[0:4], B[0:16, 0:4])
-            T.writes(C[0:16])
-            for i, k in T.grid(16, 4):
-                with T.sblock("update"):
-                    vi, vk = T.axis.remap("SR", [i, k])
-                    C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
+            T.reads(C[0:lanes], A[0:4], B[0:lanes, 0:4])
+            T.writes(C[0:lanes])
+            C[T.ramp(T.int32(0), 1, lanes)] = T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id(wide),
+                C.vload([0], dtype=sums),
+                T.reinterpret(T.broadcast(T.reinterpret(A.vload([0], "uint8x4"), dtype="int32"), lanes), dtype=four),
+                B.vload([0, 0], dtype=four),
+                dtype=sums,
+            )
 
-    @T.prim_func(s_tir=True)
-    def wanted_4(
-        A: T.Buffer((4,), "int8", offset_factor=1),
-        B: T.Buffer((4, 4), "int8", offset_factor=1),
-        C: T.Buffer((4,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(C[0:4], A[0:4], B[0:4, 0:4])
-            T.writes(C[0:4])
-            for i, k in T.grid(4, 4):
-                with T.sblock("update"):
-                    vi, vk = T.axis.remap("SR", [i, k])
-                    C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
-
-    TensorIntrin.register(VNNI, wanted_16, vnni, override=True)
-    TensorIntrin.register(SDOT, wanted_4, sdot, override=True)
-    TensorIntrin.register(SMULL, wanted_4, smull, override=True)
+    return vnni

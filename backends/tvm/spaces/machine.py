@@ -35,6 +35,7 @@ _VECTORS = (("avx512f", 16, 32), ("avx2", 8, 16), ("avx", 8, 16), ("neon", 4, 32
 #: LLVM's feature, float32 lanes of the registers that it works on, and the instruction.
 _DOTS = (
     ("avx512vnni", 16, Dot(intrinsics.VNNI, "uint8")),
+    ("avxvnni", 8, Dot(intrinsics.VNNI_256, "uint8")),
     ("dotprod", 4, Dot(intrinsics.SDOT, "int8")),
     ("neon", 4, Dot(intrinsics.SMULL, "int8")),
 )
