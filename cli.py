@@ -402,10 +402,11 @@ def _bar_updater(bar: Any) -> Callable[[str, int, int | None], None]:
     tasks: dict[str, Any] = {}
 
     def update(what: str, done: int, total: int | None) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total, rate="")
-        task = bar.tasks[bar.task_ids.index(tasks[what])]
-        rate = f"{task.speed:,.0f}/s" if task.speed else ""
-        bar.update(tasks[what], completed=done, total=total, rate=rate)
+        name, _, found = what.partition(": ")  # what it has come to may follow
+        if name not in tasks:
+            tasks[name] = bar.add_task(what, total=total, rate="")
+        task = bar.tasks[bar.task_ids.index(tasks[name])]
+        rate = f"{task.speed:,.0f}/s" if task.speed and not found else ""
+        bar.update(tasks[name], description=what, completed=done, total=total, rate=rate)
 
     return update

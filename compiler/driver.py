@@ -91,7 +91,7 @@ def _compile(
         preprocess=this.preprocess,
         warnings=(*filter(None, [found.why_not]), *not_rivals, *wording.warnings(this, chosen.precision)),
         advice=wording.advice(this, attempts),
-        versions=_versions(),
+        versions=_versions(this.backend.name),
         machine=devices.local_profile().title,
         seconds=time.perf_counter() - start,
         seed=options.seed,
@@ -162,8 +162,12 @@ def _broken(attempt: Attempt, options: Options) -> str | None:
     return guard.broken(attempt, stated)
 
 
-def _versions() -> dict[str, str]:
-    names = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy")
+#: What a backend is made of beside what all are.
+_PARTS = {"tvm": ("apache-tvm", "apache-tvm-ffi")}
+
+
+def _versions(backend: str) -> dict[str, str]:
+    names = (*_PARTS.get(backend, ()), "onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy")
     return {
         "edgec": __version__,
         "python": platform.python_version(),

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # --------------------------------------------------------------------------------------------- progress
 
-#: `progress(what, done, total)`: called while something long runs; `total` is None where it is unknown.
+#: `progress(what, done, total)`: called while something long runs; `total` is None where it is unknown. "what: figure"
+#: is the same thing as "what", with what it has come to so far.
 Progress = Callable[[str, int, int | None], None]
 
 

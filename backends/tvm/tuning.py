@@ -92,11 +92,18 @@ def tune(
             if task is None:
                 break
             _round(task, found, records, clock, start + seconds)
-            total = 1e3 * sum(t.seconds for t in tasks)
-            progress(f"tuning, {total:.3g} ms so far", int(time.monotonic() - start), int(seconds))
+            progress(f"tuning: {_so_far(tasks)}", int(time.monotonic() - start), int(seconds))
     except KeyboardInterrupt:
         found.interrupted = True
     return found
+
+
+def _so_far(tasks: list[Task]) -> str:
+    """Return the time of a call so far, the sum over the functions; how many are begun, while not all are."""
+    begun = sum(t.best is not None or t.rounds > 0 for t in tasks)
+    if begun < len(tasks):
+        return f"{begun} of {len(tasks)} begun"
+    return f"{1e3 * sum(t.seconds for t in tasks):.3g} ms so far"
 
 
 def _next(tasks: list[Task]) -> Task | None:
