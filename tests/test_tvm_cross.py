@@ -102,6 +102,8 @@ def program(tmp_path_factory):
         ("raspberry-pi-4", "smull", "sdot"),
         ("arm64-neon", "sadalp", "sdot"),
         ("x86-avx512-vnni", "vpdpbusd", "vpmaddwd"),
+        ("x86-avx-vnni", "vpdpbusd", "vpmaddwd"),
+        ("x86-avx2", "vpmaddwd", "vpmaddubsw"),
     ],
 )
 def test_bytes_are_multiplied_by_the_processors_own_instructions(tmp_path, profile, has, lacks):

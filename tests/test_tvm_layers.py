@@ -286,6 +286,23 @@ def test_the_dot_product_of_bytes_is_used_where_the_machine_has_it(tmp_path):
     assert "vpdpbusd" in text or "sdot" in text
 
 
+def test_anchors_for_onnx_runtime_are_taken_away(tmp_path):
+    """passes/anchor_layout.py turns and flattens around a Q; here that would only move bytes."""
+    from edgec.passes.anchor_layout import AnchorLayout
+
+    text = """g (float[1,4,6,6] x) => (float[1,8,6,6] y) <float[4,4,1,1] k, float s = {0.1}, uint8 z = {0},
+      int8[8,4,3,3] w, float[8] t, int8[8] v> {
+        a = Conv (x, k)\n q = QuantizeLinear (a, s, z)\n d = DequantizeLinear (q, s, z)
+        dw = DequantizeLinear <axis = 0> (w, t, v)\n y = Conv <pads = [1,1,1,1]> (d, dw) }"""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.integers(-127, 128, (8, 4, 3, 3)), "t": np.full(8, 0.01), "v": np.zeros(8)}
+    model = zoo.model(text, weights)
+    inferred = model_io.ir.from_proto(onnx.shape_inference.infer_shapes(model_io.ir.to_proto(model)))
+    assert AnchorLayout()(inferred).modified
+    net = check(inferred, tmp_path, close=2e-3)
+    assert not any("reshape" in f.name for f in net.functions)
+
+
 @pytest.mark.parametrize("zero", [0, 3])
 def test_integer_operators_are_said_in_what_tvm_has(tmp_path, zero):
     text = f"""g (float[1,8,6,6] x) => (float[1,4,6,6] y, int32[1,4,6,6] i)

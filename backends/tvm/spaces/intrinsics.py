@@ -2,7 +2,9 @@
 
 TVM has these, but of VNNI in a form that its LLVM no longer takes (operands are <64 x i8> there now), and for sums in
 memory only; ours are in registers ("local"). See Intel's Software Developer's Manual, VPDPBUSD, and Arm's ARM, SDOT
-(by element). An Arm core without SDOT multiplies bytes into 16 bits (SMULL) and adds pairs to 32 bits (SADALP): exact.
+(by element). An Arm core without SDOT multiplies bytes into 16 bits (SMULL) and adds pairs to 32 bits (SADALP), an x86
+one without VNNI widens bytes to 16 bits and multiplies and adds pairs (VPMADDWD). All of them are exact: VPMADDUBSW,
+which saturates, is not among them.
 """
 # The bodies are TVMScript, which Python parses and TVM reads: they are never run.
 # mypy: ignore-errors
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import functools
 
-VNNI, VNNI_256 = "edgec_dot_16x4_vnni", "edgec_dot_8x4_vnni"
+VNNI, VNNI_256, MADD = "edgec_dot_16x4_vnni", "edgec_dot_8x4_vnni", "edgec_dot_8x4_madd"
 SDOT, SMULL = "edgec_dot_4x4_sdot", "edgec_dot_4x4_smull"
 
 
@@ -68,6 +70,37 @@ def register() -> None:
                     dtype="int32x4",
                 )
 
+    @T.prim_func(s_tir=True)
+    def madd(
+        A: T.Buffer((4,), "uint8", offset_factor=1),
+        B: T.Buffer((8, 4), "int8", offset_factor=1),
+        C: T.Buffer((8,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:8], A[0:4], B[0:8, 0:4])
+            T.writes(C[0:8])
+            # pairs of bytes as pairs of 16 bits, in two halves like SMULL's
+            for half in T.unroll(2):
+                C[T.ramp(T.int32(0), 1, 8)] = C.vload([0], dtype="int32x8") + T.call_llvm_pure_intrin(
+                    T.llvm_lookup_intrinsic_id("llvm.x86.avx2.pmadd.wd"),
+                    T.reinterpret(
+                        T.broadcast(T.reinterpret(T.cast(A.vload([2 * half], "uint8x2"), "int16x2"), dtype="int32"), 8),
+                        dtype="int16x16",
+                    ),
+                    T.cast(
+                        T.reinterpret(
+                            T.Shuffle(
+                                [T.reinterpret(B.vload([0, 0], dtype="int8x32"), dtype="int16x16")],
+                                [half, 2 + half, 4 + half, 6 + half, 8 + half, 10 + half, 12 + half, 14 + half],
+                            ),
+                            dtype="int8x16",
+                        ),
+                        "int16x16",
+                    ),
+                    dtype="int32x8",
+                )
+
+    TensorIntrin.register(MADD, _wanted(8, "uint8"), madd, override=True)
     for name, lanes in ((VNNI, 16), (VNNI_256, 8)):
         TensorIntrin.register(name, _wanted(lanes, "uint8"), _vnni(lanes), override=True)
     TensorIntrin.register(SDOT, _wanted(4, "int8"), sdot, override=True)

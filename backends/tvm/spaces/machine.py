@@ -36,6 +36,7 @@ _VECTORS = (("avx512f", 16, 32), ("avx2", 8, 16), ("avx", 8, 16), ("neon", 4, 32
 _DOTS = (
     ("avx512vnni", 16, Dot(intrinsics.VNNI, "uint8")),
     ("avxvnni", 8, Dot(intrinsics.VNNI_256, "uint8")),
+    ("avx2", 8, Dot(intrinsics.MADD, "uint8")),
     ("dotprod", 4, Dot(intrinsics.SDOT, "int8")),
     ("neon", 4, Dot(intrinsics.SMULL, "int8")),
 )
