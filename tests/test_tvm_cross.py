@@ -102,7 +102,7 @@ def program(tmp_path_factory):
         ("raspberry-pi-4", "smull", "sdot"),
         ("arm64-neon", "sadalp", "sdot"),
         ("x86-avx512-vnni", "vpdpbusd", "vpmaddwd"),
-        ("x86-avx-vnni", "vpdpbusd", "vpmaddwd"),
+        ("x86-avx-vnni", "vpdpbusd", "vpmaddubsw"),
         ("x86-avx2", "vpmaddwd", "vpmaddubsw"),
     ],
 )
