@@ -217,7 +217,7 @@ def bench(
     there.check()
     path, other = Path(model), _path(against)
     if target == "local":
-        count = threads or device_table.usable_cores()
+        count = threads or _built_for(path) or device_table.usable_cores()
         carried = path / bundles.BASELINE
         other = other or (carried if carried.is_file() else None)
         opened = functools.partial(evaluation.open_any, threads=count, device=device)
@@ -231,6 +231,12 @@ def bench(
     feed = model_io.sample_inputs(runners[path.name].inputs, seed=0)
     measured = there.measure(runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress)
     return [measured[name] for name in runners]
+
+
+def _built_for(path: Path) -> int:
+    """Return the threads that a bundle's kernels were built for, 0 where they take any."""
+    manifest = bundles.read_manifest(path) if path.is_dir() else {}
+    return int(manifest.get("threads") or 0) if manifest.get("backend") == "tvm" else 0
 
 
 def devices(name: str | None = None) -> Sequence[DeviceProfile]:

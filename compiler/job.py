@@ -166,7 +166,10 @@ def _check_saving(option: str, request: Saving, options: Options, not_measured: 
 
 
 def _check_degrade(options: Options) -> None:
-    """Raise UserError for what `--degrade` and `--robust` cannot do, DataError where there are no images."""
+    """Raise UserError for what `--degrade`, `--robust` and `--fixed-point` cannot do, DataError without images."""
+    if options.fixed_point and options.backend not in ("auto", "tvm"):
+        what = f"{options.backend} requantizes in its own way"
+        raise UserError(what, where="--fixed-point", fix="leave it out, or choose --backend tvm")
     plan = conditions.check(options.degrade, options.method)
     changed = plan.conditions != (conditions.CLEAN,)
     if not (changed or options.robust):
@@ -306,7 +309,7 @@ def refuse_unsupported(this: Job, model: ir.Model) -> None:
     if refusals:
         lines = "; ".join(f"{r.node}: {r.why}" for r in refusals[:5])
         raise UserError(
-            f"{len(refusals)} nodes cannot run there: {lines}",
+            f"{len(refusals)} {'node' if len(refusals) == 1 else 'nodes'} cannot run on it: {lines}",
             where=f"backend {this.backend.name}",
             fix="choose --backend ort",
         )

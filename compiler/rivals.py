@@ -7,6 +7,7 @@ in question; each backend proves its outputs itself when it builds.
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .job import Job
 
 
+logger = logging.getLogger(__name__)
+
+
 def raced(tried: Explored) -> tuple[Explored, tuple[str, ...]]:
     """Return what was explored, on the backend where it is fastest; a line for each backend that cannot run it."""
     this, told = tried.this, []
@@ -39,6 +43,9 @@ def raced(tried: Explored) -> tuple[Explored, tuple[str, ...]]:
                 tried = _beside(tried, other.prepared(_lowering(this)))
             except UserError as error:
                 why = str(error).splitlines()[0]
+            except Exception as error:  # a rival's faults must not cost what there is
+                logger.debug("%s failed", name, exc_info=True)
+                why = f"it failed: {type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
         if why is not None:
             told.append(f"{name} was not tried: {why}")
     return tried, tuple(told)

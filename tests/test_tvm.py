@@ -85,7 +85,7 @@ def test_what_is_rewritten_is_not_refused():
 def test_integers_are_had_on_cpus_and_nothing_narrower():
     schemes = base.load("tvm").schemes(devices.find("raspberry-pi-5"))
     assert set(schemes) == set(base.SCHEMED) and schemes["int8"].activation == "uint8"
-    assert "--backend ort" in schemes["fp8"] and "CUDA" in base.load("tvm").schemes(devices.find("rtx-4090"))["int8"]
+    assert "not fp8" in schemes["fp8"] and "CUDA" in base.load("tvm").schemes(devices.find("rtx-4090"))["int8"]
 
 
 @pytest.mark.skipif(find_spec("tvm") is not None, reason="TVM is installed here")
@@ -312,7 +312,7 @@ def test_modules_are_built_for_other_devices_without_them(tmp_path, device):
 @installed
 def test_a_module_for_another_processor_does_not_open_with_a_trace(tmp_path):
     api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", device="raspberry-pi-5", tune=0)
-    with pytest.raises(UserError):
+    with pytest.raises(UnavailableError, match="built for an aarch64 processor"):
         api.open_bundle(tmp_path / "out")
 
 
@@ -369,3 +369,51 @@ def test_a_schedule_that_takes_its_worker_down_is_not_tried_again(tmp_path):
     found = tuning.tune(net, kept, Fragile(), 60.0)
     assert found.failed and "seed" not in found.choices[net.functions[0].name]
     assert all("seed" in choice for choice in kept.shunned(net.functions[0]))
+
+
+@installed
+def test_outputs_stay_what_they_were_when_it_is_run_again(tmp_path):
+    text = """g (float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Identity (x)\n z = Relu (x) }"""
+    path = written(tmp_path, text)
+    backend = Tvm().prepared(base.Lowering(tune=0, threads=1))
+    runner = backend.open(backend.lower(path, LOCAL, "fp32"), 1)
+    one, two = np.ones((1, 4), np.float32), np.full((1, 4), -2, np.float32)
+    first = runner.run({"x": one})
+    runner.run({"x": two})
+    assert (first["y"] == 1).all() and (first["z"] == 1).all()
+    both = runner.run({"x": np.concatenate([one, two])})
+    assert (both["y"][0] == 1).all() and (both["y"][1] == -2).all()
+    with pytest.raises(UserError, match=r"takes \[1, 4\]"):
+        runner.run({"x": np.ones((1, 1), np.float32)})
+
+
+@installed
+def test_outputs_without_a_batch_are_refused_and_auto_goes_on_without(tmp_path):
+    path = written(tmp_path, "g (float[N,4] x) => (float y) { y = ReduceSum <keepdims = 0> (x) }")
+    with pytest.raises(UnavailableError, match="takes no batch|one by one"):
+        api.compile(path, tmp_path / "one", backend="tvm", precision="fp32", tune=0, threads=1)
+    report = api.compile(path, tmp_path / "two", precision="fp32", tune=0, threads=1)
+    assert report.backend == "ort" and any("tvm was not tried" in w for w in report.warnings)
+
+
+@installed
+def test_a_module_that_is_wrong_here_is_not_built_for_elsewhere(tmp_path, monkeypatch):
+    from edgec.backends.tvm import building
+
+    monkeypatch.setattr(building, "_IN_FLOATS", 0.0)
+    with pytest.raises(UnavailableError, match="it gives other numbers"):
+        api.compile(
+            written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", tune=0, device="raspberry-pi-5"
+        )
+
+
+def test_fixed_point_is_refused_where_it_would_do_nothing(tmp_path):
+    with pytest.raises(UserError, match="in its own way"):
+        api.compile(written(tmp_path), tmp_path / "out", backend="ort", fixed_point=True)
+
+
+@installed
+def test_bench_takes_the_threads_that_a_module_was_built_for(tmp_path):
+    api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", tune=0, threads=1)
+    (found,) = api.bench(tmp_path / "out", seconds=0.2)
+    assert found.threads == 1

@@ -158,6 +158,30 @@ def test_what_follows_a_layer_joins_it(tmp_path):
     )  # one function, and the layout before and behind
 
 
+MORE = {
+    "a transposed convolution behind one": """g (float[1,3,8,8] x) => (float[1,4,16,16] y)
+        <float[8,3,1,1] w, float[8,4,2,2] v> { c = Conv (x, w)\n y = ConvTranspose <strides = [2,2]> (c, v) }""",
+    "one row, as a scalar says": """g (float[1,5,8] x) => (float[1,8] y) <int64 i = {0}>
+        { y = Gather <axis = 1> (x, i) }""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_went_wrong_once(tmp_path, name):
+    path, net = network_of(zoo.model(MORE[name]), tmp_path)
+    feed = model_io.sample_inputs(model_io.input_specs(model_io.load(path)), 0)
+    (got,), (wanted,) = run(net, feed), Session(path, optimise=False).run(feed).values()
+    assert error(got, wanted) <= CLOSE
+
+
+def test_indices_are_not_drawn_at_random():
+    """TVM's functions read wherever an index says."""
+    from edgec.backends.tvm.worker import random
+
+    index, byte, number = random([([5], "int64"), ([50], "uint8"), ([5], "float32")])
+    assert not index.any() and byte.any() and number.all()
+
+
 # ------------------------------------------------------------------------------------------- integers
 
 _Q = "x{0} = QuantizeLinear ({1}, s, z)\n d{0} = DequantizeLinear (x{0}, s, z)"
@@ -187,13 +211,20 @@ INTEGERS = {
     "conv": (quantized("Conv <pads = [1,1,1,1]> (d1, dw, b)", "24,16,3,3"), 0.05),
     "conv, signed": (quantized("Conv <pads = [1,1,1,1]> (d1, dw, b)", "24,16,3,3", zero="int8 z = {-5}"), 0.05),
     "conv, 3 channels": (
-        quantized("Conv <strides = [2,2], pads = [1,1,1,1]> (d1, dw, b)", "8,3,3,3", x="1,3,9,9"), 0.05
+        quantized("Conv <strides = [2,2], pads = [1,1,1,1]> (d1, dw, b)", "8,3,3,3", x="1,3,9,9"),
+        0.05,
     ),
     "1x1": (quantized("Conv (d1, dw, b)", "16,16,1,1", zero="uint8 z = {0}"), 0.05),
     "grouped": (quantized("Conv <group = 2> (d1, dw, b)", "32,8,1,1"), 0.05),
     "depthwise": (quantized("Conv <group = 16, pads = [1,1,1,1]> (d1, dw, b)", "16,1,3,3"), 0.05),
     "gemm": (quantized("Gemm <transB = 1> (d1, dw, b)", "10,30", x="3,30"), 0.05),
     "matmul": (quantized("MatMul (d1, dw)", "30,10", x="1,5,30", axis=1), 0.05),
+}
+_PAIR = """x1 = QuantizeLinear (x, s, z)\n d = DequantizeLinear (x1, s, z)\n e = DequantizeLinear (w, t)"""
+NOT_INTEGERS = {
+    "turned by nothing": ("5,8", "8,8", "f = Transpose <perm = [0,1]> (e)\n y = MatMul (d, f)"),
+    "weights of three axes": ("2,5,8", "2,8,6", "y = MatMul (d, e)"),
+    "weights of one axis": ("5,8", "8", "y = MatMul (d, e)"),
 }  # fmt: skip
 
 
@@ -208,6 +239,41 @@ def test_quantized_layers_are_sums_of_integers(tmp_path, name):
     assert wanted.std() > step and steps.max() <= 1.001 and (steps > 0.5).mean() < 0.01
     scripts = [f.body.script() for f in net.functions if f.space.name != "plain"]
     assert len(scripts) == 1 and "int32" in scripts[0] and not any("dequantize" in f.name for f in net.functions)
+
+
+@pytest.mark.parametrize("name", NOT_INTEGERS)
+def test_what_is_no_layer_stays_in_floats(tmp_path, name):
+    x, w, node = NOT_INTEGERS[name]
+    text = f"""g (float[{x}] x) => (float y) <float s = {{0.02}}, uint8 z = {{128}}, int8[{w}] w, float t = {{0.01}}> {{
+        {_PAIR}\n {node} }}"""
+    weight = np.random.default_rng(0).integers(-99, 99, [int(i) for i in w.split(",")])
+    proto = model_io.ir.to_proto(zoo.model(text, {"w": weight}))
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    check(model_io.ir.from_proto(onnx.shape_inference.infer_shapes(proto)), tmp_path, close=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["next to nothing", "along the width"])
+def test_fixed_point_leaves_to_floats_what_it_cannot_say(tmp_path, bias):
+    """A bias of more steps than 64 bits hold, and one that is not by channel though as many."""
+    from edgec.backends.tvm import network, targets
+
+    rng = np.random.default_rng(0)
+    given = {"w": rng.integers(-127, 128, (8, 8, 1, 1)), "t": np.full(8, 0.01), "v": np.zeros(8)}
+    if bias == "next to nothing":
+        given["t"][3] = 1e-9
+    shape = (1, 8, 1, 1) if bias == "next to nothing" else (8,)
+    given["b"] = 3.0 * np.arange(1, 9).reshape(shape)
+    text = f"""g (uint8[1,8,4,8] q) => (uint8[1,8,4,8] y) <float s = {{0.03}}, uint8 z = {{5}}, float u = {{0.2}},
+        int8[8,8,1,1] w, float[8] t, int8[8] v, float[{",".join(map(str, shape))}] b> {{
+        d = DequantizeLinear (q, s, z)\n dw = DequantizeLinear <axis = 0> (w, t, v)
+        c = Conv (d, dw)\n a = Add (c, b)\n y = QuantizeLinear (a, u, z) }}"""
+    path = tmp_path / "model.onnx"
+    model_io.save(zoo.model(text, given), path)
+    specs = model_io.input_specs(model_io.load(path))
+    net = network.prepared(path, specs, targets.target_of(devices.find("local"), 1), fixed_point=True)
+    q = rng.integers(0, 256, (1, 8, 4, 8)).astype(np.uint8)
+    (got,), (wanted,) = run(net, {"q": q}), Session(path, optimise=False).run({"q": q}).values()
+    assert np.abs(got.astype(int) - wanted).max() <= 1
 
 
 def test_integers_are_exact(tmp_path):

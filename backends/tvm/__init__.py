@@ -1,7 +1,7 @@
 """TVM: float32 and INT8 modules for CPUs, with schedules of our own. The tables first, the backend second.
 
-Q/DQ pairs become integer arithmetic (integers.py): layers with weights on the machine's dot product of bytes, the rest
-in float32 between Q and DQ, fused. No QLinearConv, no 4-bit tensors, no FP8 and no blocks.
+Q/DQ pairs become integer arithmetic (lowering/integers.py): layers with weights on the machine's dot product of bytes,
+the rest in float32 between Q and DQ, fused. No 4-bit tensors, no FP8 and no blocks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SUPPORTS: tuple[OpSupport, ...] = (
 
 _SAID = ".json"
 _VERSION, _FFI = "0.27", "0.1.14.post1"
-_NARROW = "TVM has no {} here: it imports none. Take int8, or --backend ort"
+_NARROW = "TVM's modules are float32 or int8 in this version of edgec, not {}"
 _ON_GPU = "TVM's CUDA modules are float32 in this version of edgec: take fp32, or --backend tensorrt"
 
 
@@ -106,7 +106,7 @@ class Tvm:
         problem = self.unavailable()
         if problem is not None:
             raise problem
-        key = hashlib.sha256(model.read_bytes() + profile.name.encode()).hexdigest()
+        key = _content(model, profile)
         done = self.made.libraries.get(key)
         if done is None:
             how = replace(self.how, tune=0.0) if self.made.interrupted else self.how
@@ -127,3 +127,13 @@ class Tvm:
         if problem is not None:
             raise problem
         return opened(artifact.folder / artifact.model, threads)
+
+
+def _content(model: Path, profile: DeviceProfile) -> str:
+    """Return a hash of an ONNX file, of the files with its tensors beside it, and of the device."""
+    hashed = hashlib.sha256(profile.name.encode())
+    beside = (p for p in model.parent.glob(f"{model.name}*") if p != model and p.is_file())
+    for path in (model, *sorted(beside)):
+        with path.open("rb") as file:
+            hashed.update(hashlib.file_digest(file, "sha256").digest())
+    return hashed.hexdigest()

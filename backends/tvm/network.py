@@ -29,7 +29,7 @@ from .spaces.machine import Machine, machine_of
 logger = logging.getLogger(__name__)
 
 #: From the layouts of ONNX to those with channels last.
-_LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
+_LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
 
 
 @dataclass(frozen=True, eq=False)

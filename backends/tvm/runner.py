@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler import devices
 from ...compiler.errors import ModelError, UnavailableError
 from ...compiler.types import InputSpec
 from .threads import use
 
+#: Outputs of so many bytes are copied anyhow: a constant that is one may be changed by who gets it.
+_SMALL = 1 << 16
 _PROVIDERS = {"cpu": "TVM, llvm", "cuda": "TVM, cuda"}
 
 
@@ -29,6 +33,7 @@ class Facts:
     device: str
     provider: str
     calls: tuple[tuple[str, str | None], ...]
+    arch: str = ""
 
     @classmethod
     def of(cls, library: Path) -> Facts:
@@ -36,14 +41,19 @@ class Facts:
         said = json.loads(library.with_suffix(library.suffix + ".json").read_text(encoding="utf-8"))
         inputs = tuple(InputSpec(name, dtype, tuple(shape)) for name, dtype, shape in said["inputs"])
         calls = tuple((name, node) for name, node in said.get("calls", []))
-        return cls(inputs, tuple(said["outputs"]), said["device"], _PROVIDERS[said["device"]], calls)
+        provider = _PROVIDERS[said["device"]]
+        return cls(inputs, tuple(said["outputs"]), said["device"], provider, calls, said.get("arch", ""))
 
 
 def opened(path: Path, threads: int) -> Module:
     """Open a library with what is said beside it. ModelError if it is broken, UnavailableError without its device."""
     try:
-        return Module(path, Facts.of(path), threads)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        facts = Facts.of(path)
+        if facts.arch not in ("", devices.machine_arch()):
+            other = f"it is built for an {facts.arch} processor, and this machine is {devices.machine_arch()}"
+            raise UnavailableError(other, where=str(path), fix="open it on the device, or on a board: --target rpc://…")
+        return Module(path, facts, threads)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = str(error).strip().splitlines()[:1]
         raise ModelError(f"it does not load: {' '.join(why)}", where=str(path), fix="compile again") from error
 
@@ -70,7 +80,7 @@ class Module:
         from tvm import relax
 
         self.inputs, self.outputs, self.provider = facts.inputs, facts.outputs, facts.provider
-        self._facts, self.calls = facts, facts.calls
+        self._facts, self.calls, self._lock = facts, facts.calls, threading.Lock()
         use(threads)
         self._device = tvm.device(facts.device)
         if facts.device != "cpu" and not self._device.exist:
@@ -87,8 +97,12 @@ class Module:
         self._main: Any = relax.VirtualMachine(self._library, self._device)["main"]
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once, or once for each image; `feed` holds every input."""
-        return self._run(self._main, feed)
+        """Run once, or once for each image; `feed` holds every input. One call at a time: others wait.
+
+        ModelError for an array of another shape than the input's.
+        """
+        with self._lock:
+            return self._run(self._main, feed)
 
     def _run(self, main: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return one_by_one(self._facts, feed, functools.partial(self._once, main))
@@ -131,14 +145,23 @@ class Module:
         if self._read is None:
             found: Any = main(*(self._tensor(array, self._device) for array in given))
         else:
-            for (_, room), array in zip(self._read, given, strict=True):
+            for (_, room), array, spec in zip(self._read, given, self.inputs, strict=True):
+                if array.shape != room.shape:
+                    raise ModelError(
+                        f"it takes {list(room.shape)}, not {list(array.shape)}",
+                        where=f"input {spec.name}",
+                        fix="reshape it",
+                    )
                 np.copyto(room, array)
             found = main(*(tensor for tensor, _ in self._read))
         values = [found] if hasattr(found, "numpy") else list(found)
         return {name: self._array(value) for name, value in zip(self.outputs, values, strict=True)}
 
     def _array(self, value: Any) -> np.ndarray:
+        """Return an output, without copying it where that pays, unless it is memory that the next call writes to."""
         try:
-            return np.asarray(value.numpy() if self._read is None else np.from_dlpack(value))
+            array = np.asarray(value.numpy() if self._read is None else np.from_dlpack(value))
         except (BufferError, RuntimeError):  # types that DLPack, or numpy's side of it, does not know
             return np.asarray(value.numpy())
+        kept = self._read is not None and any(np.may_share_memory(array, room) for _, room in self._read)
+        return array.copy() if kept or array.nbytes <= _SMALL else array

@@ -119,6 +119,21 @@ def _ceils(node: ir.Node) -> bool:
     return bool(node.attributes.get_int("ceil_mode", 0))
 
 
+def _inner_axes(node: ir.Node) -> str | None:
+    """TVM's layouts turn what is normalised over more than the last axis, and not its scale."""
+    shape = node.inputs[0].shape if node.op_type == "LayerNormalization" and node.inputs[0] is not None else None
+    axis = node.attributes.get_int("axis", -1)
+    if node.op_type != "LayerNormalization" or axis == -1 or (shape is not None and axis == len(shape) - 1):
+        return None
+    return "TVM's LayerNormalization is right over the last axis alone"
+
+
+def _scaled(node: ir.Node) -> str | None:
+    scale = node.inputs[1] if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+    half = scale is not None and scale.dtype is not None and scale.dtype.name in ("FLOAT16", "BFLOAT16")
+    return f"{node.op_type} with scales of 16 bits is not in this version" if half else None
+
+
 def _modulo(node: ir.Node) -> str | None:
     first = node.inputs[0] if node.op_type == "Mod" else None
     floats = first is not None and first.dtype is not None and first.dtype.is_floating_point()
@@ -137,6 +152,8 @@ _RULES: tuple[Callable[..., str | None], ...] = (
     _more_outputs,
     _between_pixels,
     _last_window,
+    _inner_axes,
+    _scaled,
     _modulo,
     _narrow,
 )

@@ -15,11 +15,16 @@ import numpy as np
 
 
 def random(kinds: Sequence[tuple[Sequence[int], str]]) -> list[np.ndarray]:
-    """Return random numbers of shapes and dtypes: zeros may take another time."""
+    """Return random numbers of shapes and dtypes: zeros may take another time.
+
+    Integers that may be indices are zeros: TVM's functions do not look whether there is anything where they read or
+    write.
+    """
     rng = np.random.default_rng(0)
     found = []
     for shape, dtype in kinds:
-        numbers = rng.random(shape) if "float" in dtype else rng.integers(0, 2 if dtype == "bool" else 100, shape)
+        most = {"bool": 2, "int8": 100, "uint8": 100}.get(dtype, 1)
+        numbers = rng.random(shape) if "float" in dtype else rng.integers(0, most, shape)
         found.append(np.asarray(numbers).astype(dtype))
     return found
 

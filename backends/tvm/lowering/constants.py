@@ -68,7 +68,8 @@ class _Folded(relax.PyExprMutator):  # type: ignore[misc]
         if any(g is None for g in given):
             return call
         try:
-            return relax.const(np.ascontiguousarray(make(call, *given)), str(call.ty.dtype))
+            # an array of its own, in order; ascontiguousarray would give a scalar an axis
+            return relax.const(np.array(make(call, *given), order="C"), str(call.ty.dtype))
         except (TypeError, ValueError):  # a shape that is no number
             return call
 

@@ -5,9 +5,10 @@ M_o = s t_o / s_y. With M_o = m_o 2^-n_o to 31 bits, m_o in [2^30, 2^31), in 64-
 
     q = clip(z_y + floor((a m_o + 2^(n_o - 1)) / 2^n_o))
 
-that is, ties are rounded up. The bias is rounded to a whole number of s t_o and joins the sum. |a m| < 2^62. A ReLU
-between the layer and Q cannot go below z_y. Source: Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", 2021;
-the rounding is that of gemmlowp's and TFLite's reference, but once instead of twice.
+that is, ties are rounded up. The bias is rounded to a whole number of s t_o and joins the sum; one that is 2^31 or
+more (a channel that is next to nothing) is left to floats. |a m| < 2^63. A ReLU between the layer and Q cannot go
+below z_y. Source: Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", 2021; the rounding is that of gemmlowp's
+and TFLite's reference, but once instead of twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import numpy as np
 
 _BITS = 31
+#: The largest bias, in steps of the sum: with a sum of 32 bits times 31 bits, 64 are enough.
+LARGEST = 2**31
 #: Shifts that 64-bit integers can do; factors are between 2^-31 and 2^30 then.
 _LEAST, _MOST = 1, 62
 

@@ -26,7 +26,7 @@ from tvm.ir import Op
 
 from ..spaces.machine import Dot, Machine
 from .constants import number, rewritten
-from .fixed_point import dyadic
+from .fixed_point import LARGEST, dyadic
 from .importer import bounded
 
 #: Most products of two bytes in a sum that 32 bits hold.
@@ -123,10 +123,13 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
             return None
         total = self.total(layer)
         parts = None if total is None else dyadic(total.factor / np.float64(s.reshape(())))
-        if total is None or parts is None or bias.size not in (1, total.factor.size):
+        if total is None or parts is None or not _by_channel(bias, total.along):
             return None
         m, n = (part.reshape(total.along) for part in parts)
-        whole = total.constant + np.rint(bias.reshape(-1).astype(np.float64) / total.factor).astype(np.int64)
+        steps = np.rint(bias.reshape(-1).astype(np.float64) / total.factor)
+        if np.abs(steps).max() > LARGEST:
+            return None
+        whole = total.constant + steps.astype(np.int64)
         known = {"m": m, "n": n, "constant": whole.reshape(total.along), "half": np.int64(1) << (n - 1)}
         c = {name: relax.const(np.ascontiguousarray(value), "int64") for name, value in known.items()}
         value = relax.op.add(relax.op.astype(total.value, "int64"), c["constant"])
@@ -178,6 +181,8 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
         given, scale, zero = x.args
         s, z, (w, t) = number(scale), number(zero), weight
         convolution = call.op == _CONV2D
+        if w.ndim != (4 if convolution else 2):
+            return None
         outputs = w.shape[0 if convolution else 1]
         kind = str(given.ty.dtype)
         if s is None or z is None or s.size != 1 or z.size != 1 or w.size // outputs > _MOST:
@@ -222,15 +227,13 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
             return None
         if w.dtype == np.uint8 and (z == 128).all():
             w, z = (w.astype(np.int16) - 128).astype(np.int8), np.zeros_like(z)
+        if turned is not None and [int(i) for i in turned.attrs.axes or (1, 0)] != [1, 0]:
+            return None
         outputs_first = w.ndim > 2 or turned is not None
-        axis = int(found.attrs.axis) % w.ndim
+        axis = int(found.attrs.axis) % max(w.ndim, 1)
         if z.any() or w.dtype != np.int8 or (t.size > 1 and axis != (0 if outputs_first else w.ndim - 1)):
             return None
-        if turned is not None:
-            if w.ndim != 2:
-                return None
-            w = np.ascontiguousarray(w.T)
-        return w, t
+        return (w if turned is None else np.ascontiguousarray(w.T)), t
 
     def quantized(self, call: Any) -> Any:
         x, scale, zero = call.args
@@ -260,6 +263,12 @@ class _Integers(relax.PyExprMutator):  # type: ignore[misc]
         if z.any():
             found = relax.op.subtract(found, along(z.astype(np.float32), x, call.attrs.axis))
         return relax.op.multiply(found, along(s.astype(np.float32), x, call.attrs.axis))
+
+
+def _by_channel(bias: np.ndarray, along: tuple[int, ...]) -> bool:
+    """Say whether a bias is one number, or one for each output channel in the shape in which these are broadcast."""
+    shape = (1,) * (len(along) - bias.ndim) + bias.shape
+    return bias.size == 1 or (len(shape) == len(along) and all(a in (-1, b) for a, b in zip(along, shape, strict=True)))
 
 
 def _sizes(value: Any) -> list[int]:
