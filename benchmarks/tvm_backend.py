@@ -150,11 +150,8 @@ def opened(path: Path, executable: object) -> Call:
     """Return a call of a module as edgec runs it: numpy arrays in and out."""
     model = model_io.load(path)
     specs = model_io.input_specs(model)
-    with TemporaryDirectory() as folder:
-        library = Path(folder) / "model.so"
-        executable.export_library(str(library))
-        outputs = tuple(value.name for value in model.graph.outputs)
-        module = runner.Module(library, runner.Facts(specs, outputs, "cpu", "TVM", ()), TARGET_THREADS)
+    outputs = tuple(value.name for value in model.graph.outputs)
+    module = runner.Module(executable, runner.Facts(specs, outputs, "cpu", "TVM", ()), TARGET_THREADS)
     return functools.partial(module.run, model_io.sample_inputs(specs, seed=0))
 
 

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,12 +136,8 @@ def _rehearsed(model: Path, inputs: Sequence[InputSpec], how: Lowering, rounds: 
     """Prove a module for another processor by one for this one: the same passes. Errors as of _proven."""
     profile = devices.local_profile()
     net = network.prepared(model, inputs, targets.target_of(profile, 1), fixed_point=how.fixed_point)
-    executable = network.built(net, {})
-    with TemporaryDirectory() as folder:
-        library = Path(folder) / "model.so"
-        executable.export_library(str(library))
-        outputs = tuple(value.name or "" for value in model_io.load(model).graph.outputs)
-        _proven(model, Module(library, Facts(tuple(inputs), outputs, "cpu", "", ()), 1), how, rounds)
+    outputs = tuple(value.name or "" for value in model_io.load(model).graph.outputs)
+    _proven(model, Module(network.built(net, {}), Facts(tuple(inputs), outputs, "cpu", "", ()), 1), how, rounds)
 
 
 def _proven(model: Path, module: Runner, how: Lowering, rounds: bool) -> None:

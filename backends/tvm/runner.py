@@ -52,10 +52,18 @@ def opened(path: Path, threads: int) -> Module:
         if facts.arch not in ("", devices.machine_arch()):
             other = f"it is built for an {facts.arch} processor, and this machine is {devices.machine_arch()}"
             raise UnavailableError(other, where=str(path), fix="open it on the device, or on a board: --target rpc://…")
-        return Module(path, facts, threads)
+        return Module(_loaded(path, facts), facts, threads)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = str(error).strip().splitlines()[:1]
         raise ModelError(f"it does not load: {' '.join(why)}", where=str(path), fix="compile again") from error
+
+
+def _loaded(path: Path, facts: Facts) -> Any:
+    import tvm
+
+    if facts.device != "cpu" and not tvm.device(facts.device).exist:
+        raise UnavailableError("there is no CUDA GPU here", where=str(path), fix="open it on the device")
+    return tvm.runtime.load_module(str(path))
 
 
 def one_by_one(
@@ -74,8 +82,8 @@ def one_by_one(
 class Module:
     """A Runner over one Relax virtual machine. A module built for batch 1 takes more images one by one."""
 
-    def __init__(self, path: Path, facts: Facts, threads: int) -> None:
-        """Load the library; `facts` is what is said beside it."""
+    def __init__(self, library: Any, facts: Facts, threads: int) -> None:
+        """Take a library that is loaded, or an executable that was just built; `facts` is what is said beside it."""
         import tvm
         from tvm import relax
 
@@ -83,10 +91,7 @@ class Module:
         self._facts, self.calls, self._lock = facts, facts.calls, threading.Lock()
         use(threads)
         self._device = tvm.device(facts.device)
-        if facts.device != "cpu" and not self._device.exist:
-            raise UnavailableError("there is no CUDA GPU here", where=str(path), fix="open it on the device")
-        self._tensor = tvm.runtime.tensor
-        self._library = tvm.runtime.load_module(str(path))
+        self._tensor, self._library = tvm.runtime.tensor, library
         #: Where inputs are put, TVM's tensors and numpy's views of them: it wants 64-byte alignment, numpy gives 16.
         self._read: list[tuple[Any, np.ndarray]] | None = None
         if facts.device == "cpu":
