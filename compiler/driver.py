@@ -63,7 +63,8 @@ def _compile(
     float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
     job.refuse_unsupported(this, float_model)
     baseline = save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
-    tried, not_rivals = rivals.raced(exploration.tried(this, float_model, baseline, scheme, prover))
+    explored = exploration.tried(this, float_model, baseline, scheme, prover)
+    tried, not_rivals = rivals.raced(explored)
     base, found, cut, state = tried.base, tried.found, tried.cut, tried.state
     this, attempts, chosen, attempt = tried.this, tried.attempts, tried.chosen, tried.attempt
     records += _passes(base, found, chosen)
@@ -90,7 +91,7 @@ def _compile(
         calibration=found.calibration,
         preprocess=this.preprocess,
         warnings=(*filter(None, [found.why_not]), *not_rivals, *wording.warnings(this, chosen.precision)),
-        advice=wording.advice(this, attempts),
+        advice=wording.advice(explored.this, attempts),
         versions=_versions(this.backend.name),
         machine=devices.local_profile().title,
         seconds=time.perf_counter() - start,
