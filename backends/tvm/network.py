@@ -1,6 +1,6 @@
 """From an ONNX file to a TVM executable, by passes over Relax:
 
-    import -> Q/DQ in integers -> constants -> polynomials -> NHWC -> layers of our own -> legalise, fuse (TVM)
+    import -> Q/DQ in integers -> polynomials -> constants -> NHWC -> layers of our own -> legalise, fuse (TVM)
            -> a schedule for each function -> llvm
 
 A batch that may be any is built as 1, for which there are schedules; runner.py takes more images one after another.
@@ -68,10 +68,10 @@ def prepared(path: Path, inputs: Sequence[InputSpec], target: Any, *, fixed_poin
     machine = machine_of(target)
     module = transform.CanonicalizeBindings()(constants.folded(importer.imported(path, inputs)))
     module = integers.in_integers(module, machine, fixed_point=fixed_point)
-    module = constants.folded(transform.DecomposeOpsForInference()(module))
+    module = constants.folded(transform.DecomposeOpsForInference()(functions.vectorizable(module)))
     tidy = [transform.CanonicalizeBindings(), transform.DeadCodeElimination(["main"])]
     module = tvm.ir.transform.Sequential([transform.FoldConstant(), *tidy])(module)
-    module = _channels_last(functions.vectorizable(module))
+    module = _channels_last(module)
     module = tvm.ir.transform.Sequential(tidy)(constants.folded(module))
     module, was = layers.specialised(module, machine)
     with target:

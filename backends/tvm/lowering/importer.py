@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,11 @@ def imported(path: Path, inputs: Sequence[InputSpec]) -> Any:
     known = {**theirs, **{name: _converter(make, theirs.get(name)) for name, make in OURS.items()}}
     try:
         # it prints what it stumbles over before it raises
-        with contextlib.redirect_stdout(said), mock.patch.object(onnx_frontend, "_get_convert_map", lambda: known):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(said),
+            mock.patch.object(onnx_frontend, "_get_convert_map", lambda: known),
+        ):
             return from_onnx(onnx.load(path), shape_dict=shapes)
     except Exception as error:  # TVM raises what it likes
         logger.debug("TVM's importer said: %s", said.getvalue())
