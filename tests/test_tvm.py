@@ -310,6 +310,26 @@ def test_modules_are_built_for_other_devices_without_them(tmp_path, device):
 
 
 @installed
+def test_targets_are_tvms_own_where_it_has_them():
+    import tvm
+    from edgec.backends.tvm import targets
+
+    known = set(tvm.target.tag.list_tags())
+    for name, tag in targets.TAGS.items():
+        profile = devices.find(name)
+        target = targets.target_of(profile, 3)
+        assert tag in known
+        if profile.sm is None:
+            assert target.attrs["mcpu"] == tvm.target.Target(tag).attrs["mcpu"]
+            assert list(target.attrs["mattr"]) == list(tvm.target.Target(tag).attrs["mattr"])
+        else:
+            assert str(target.attrs["arch"]).startswith(f"sm_{round(10 * profile.sm)}")
+            assert target.host.attrs["num-cores"] == 3
+    for profile in devices.load_profiles().values():
+        assert targets.target_of(profile, 1).kind.name == ("llvm" if profile.sm is None else "cuda")
+
+
+@installed
 def test_a_module_for_another_processor_does_not_open_with_a_trace(tmp_path):
     api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", device="raspberry-pi-5", tune=0)
     with pytest.raises(UnavailableError, match="built for an aarch64 processor"):

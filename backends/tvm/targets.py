@@ -86,8 +86,9 @@ def target_of(profile: DeviceProfile, threads: int) -> Any:
     """Return the device's tvm.target.Target, of kind cuda with a host where it has a GPU, else of kind llvm."""
     cpu = cpu_of(profile)
     host = {"kind": "llvm", "mtriple": cpu.triple, "mcpu": cpu.mcpu, "num-cores": threads}
-    if profile.kind == "cpu" or profile.sm is None:
-        return tvm.target.Target(host)
     tag = TAGS.get(profile.name)
+    if profile.kind == "cpu" or profile.sm is None:
+        known = {} if tag is None else dict(tvm.target.Target(tag).attrs)
+        return tvm.target.Target(host | {name: known[name] for name in ("mcpu", "mattr") if name in known})
     gpu = tag if tag is not None else {"kind": "cuda", "arch": f"sm_{round(10 * profile.sm)}"}
     return tvm.target.Target(tvm.target.Target(gpu), host=tvm.target.Target(host))

@@ -43,11 +43,13 @@ class Window:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return how many positions there are, down and across."""
         top, left, bottom, right = self.pads
-        across = ((height, top + bottom), (width, left + right))
-        return tuple(  # type: ignore[return-value]
+        high, wide = (
             (size + pad - (k - 1) * d - 1) // s + 1
-            for (size, pad), k, s, d in zip(across, self.kernel, self.strides, self.dilations, strict=True)
+            for size, pad, k, s, d in zip(
+                (height, width), (top + bottom, left + right), self.kernel, self.strides, self.dilations, strict=True
+            )
         )
+        return high, wide
 
 
 def filled(size: int, multiple: int) -> int:
