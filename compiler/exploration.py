@@ -82,7 +82,7 @@ def _explored(
     this = found.this or this
     smaller = [*(cut.tried if cut is not None else ()), *(low.tried if low is not None else ())]
     first = (baseline, *[c for c in smaller if c is base], *found.candidates)
-    tried = State(first, trials.measure(this, first), trials.judge(this, first), base.name)
+    tried = State(first, trials.measure(this, first), trials.judge(this, first, as_built=True), base.name)
     state = closing.close(this, found, tried, work)
     attempts = guard.choose(
         [state.attempt(c) for c in state.candidates],

@@ -1,7 +1,7 @@
 """The other backends: what was chosen runs on each that this machine has, side by side, and the fastest is handed over.
 
-Only where the backend is left to `auto` and latency is measured here. The network is the same, so only its speed is
-in question; each backend proves its outputs itself when it builds.
+Only where the backend is left to `auto` and latency is measured here. The network is the same; each backend proves its
+outputs itself when it builds, and what is handed over is judged on the images as it is built.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from ..backends import base as backends
 from ..backends.base import Lowering
 from ..backends.targets.local import LocalTarget
-from . import guard, job
+from . import guard, job, trials
 from .errors import UserError
 from .report import text
-from .types import Attempt
+from .types import Attempt, Fidelity
 
 if TYPE_CHECKING:
     from ..backends.base import Backend
@@ -85,18 +85,37 @@ def _beside(tried: Explored, other: Backend) -> Explored:
         this.target.measure, feed=job.one_input(this), threads=this.threads, progress=this.progress
     )
     pair = measure({n: runners[n] for n in (chosen.name, name)}, baseline=chosen.name)
-    faster = (pair[name].speedup_low or 0.0) > guard.MARGIN
+    judged = trials.judge(replace(this, backend=other), [chosen], as_built=True).get(chosen.name)
     measured = measure(runners, baseline=base.name)
     told = f"{text.ms(pair[name].median_ms)} against {text.ms(pair[chosen.name].median_ms)} on {this.backend.name}"
-    verdict = f"the same network, {'faster' if faster else 'not shown to be faster'}: {told}"
+    more = _loses_more(tried, judged)
+    quick = (pair[name].speedup_low or 0.0) > guard.MARGIN
+    faster = quick and not more
+    worse = ", but loses more than is allowed" if more else ""
+    verdict = f"the same network, {'faster' if quick else 'not shown to be faster'}{worse}: {told}"
     rival = replace(
-        tried.attempt, name=name, measurement=measured[name], chosen=faster, verdict=verdict, predicted_ms=None
+        tried.attempt,
+        name=name,
+        measurement=measured[name],
+        chosen=faster,
+        verdict=verdict,
+        predicted_ms=None,
+        fidelity=judged or tried.attempt.fidelity,
     )
     if not faster:
         return replace(tried, attempts=(*tried.attempts, rival))
     left = tuple(replace(a, chosen=False, verdict=_left(a, other)) for a in tried.attempts)
     state = replace(tried.state, measured={**tried.state.measured, **measured})
     return replace(tried, this=replace(this, backend=other), attempts=(*left, rival), attempt=rival, state=state)
+
+
+def _loses_more(tried: Explored, judged: Fidelity | None) -> bool:
+    """Say whether a rival's own module loses more than the budget, and than what was chosen."""
+    if judged is None or judged.drop is None:
+        return False
+    mine = tried.attempt.fidelity
+    before = 0.0 if mine is None or mine.drop is None else mine.drop
+    return not judged.drop <= max(before, tried.this.options.budget.max_drop)
 
 
 def _left(attempt: Attempt, other: Backend) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..backends import base as backends
 from ..backends.ort import Session
+from ..backends.targets.local import LocalTarget
 from . import fidelity, job
 from . import model as model_io
 from .candidates import Candidate
@@ -48,13 +49,17 @@ def measure(this: Job, candidates: Sequence[Candidate], *, seconds: float = SECO
     )
 
 
-def judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
-    """Compare the candidates with the original, which runs with ONNX Runtime's optimisations off."""
+def judge(this: Job, candidates: Sequence[Candidate], *, as_built: bool = False) -> dict[str, Fidelity]:
+    """Compare the candidates with the original, which runs with ONNX Runtime's optimisations off.
+
+    They run in ONNX Runtime, too; `as_built`: in what the backend makes of them, where that runs here.
+    """
     if this.judged is None or not candidates:
         return {}
+    built = as_built and not this.backend.runs_onnx and isinstance(this.target, LocalTarget)
     return fidelity.compare(
         Session(this.path, threads=this.threads, optimise=False),
-        {c.name: Session(c.judged or c.path, threads=this.threads, fuse_quantized=c.fused) for c in candidates},
+        {c.name: _made(this, c) if built else _in_onnx_runtime(this, c) for c in candidates},
         this.judged.batches(8),
         images=len(this.judged),
         metric=this.metric,
@@ -62,6 +67,14 @@ def judge(this: Job, candidates: Sequence[Candidate]) -> dict[str, Fidelity]:
         seed=this.options.seed,
         progress=this.progress,
     )
+
+
+def _in_onnx_runtime(this: Job, c: Candidate) -> Runner:
+    return Session(c.judged or c.path, threads=this.threads, fuse_quantized=c.fused)
+
+
+def _made(this: Job, c: Candidate) -> Runner:
+    return this.backend.open(this.backend.lower(c.path, this.profile, c.precision), this.threads)
 
 
 def attempt(

@@ -437,3 +437,26 @@ def test_bench_takes_the_threads_that_a_module_was_built_for(tmp_path):
     api.compile(written(tmp_path), tmp_path / "out", backend="tvm", precision="fp32", tune=0, threads=1)
     (found,) = api.bench(tmp_path / "out", seconds=0.2)
     assert found.threads == 1
+
+
+@installed
+def test_what_is_handed_over_is_judged_as_it_is_built(tmp_path, monkeypatch):
+    """By the module, not by ONNX Runtime's integers: one that gives nothing loses everything."""
+    from edgec.backends.tvm import building, runner
+
+    rng = np.random.default_rng(0)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(40):
+        np.save(images / f"{i}.npy", rng.normal(size=(3, 8, 8)).astype(np.float32))
+    honest = runner.Module.run
+    monkeypatch.setattr(building, "_proven", lambda *_: None)
+    monkeypatch.setattr(
+        runner.Module, "run", lambda self, feed: {k: 0 * v + np.arange(5.0) for k, v in honest(self, feed).items()}
+    )
+    options = {"calib": images, "precision": "fp32", "tune": 0, "threads": 1}
+    spoilt = api.compile(written(tmp_path), tmp_path / "one", backend="tvm", **options)
+    assert spoilt.fidelity.drop > 10
+    report = api.compile(written(tmp_path), tmp_path / "two", **options)
+    (rival,) = [a for a in report.attempts if a.name == "fp32 on tvm"]
+    assert report.backend == "ort" and not rival.chosen and rival.fidelity.drop > 10
