@@ -305,8 +305,8 @@ def test_auto_does_not_take_a_fast_cut_that_loses_too_much(place, tmp_path, monk
     monkeypatch.setattr(trials, "measure", timing({"pruned": 3.0}))
     judge = trials.judge
 
-    def harsh(this, candidates):
-        found = judge(this, candidates)
+    def harsh(this, candidates, *, as_built=False):
+        found = judge(this, candidates, as_built=as_built)
         return {n: dataclasses.replace(f, drop=9.0) if "pruned" in n else f for n, f in found.items()}
 
     monkeypatch.setattr(trials, "judge", harsh)
