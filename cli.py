@@ -85,7 +85,7 @@ def main() -> None:
 @click.argument("model", type=_FILE)
 @click.option("-o", "--out", type=_FILE, help="Folder for the bundle.  [default: MODEL's name + .edgec]")
 @click.option("--device", default="local", show_default=True, help="Named device (see: edgec devices).")
-@click.option("--backend", default="auto", show_default=True, help="auto, ort or tensorrt.")
+@click.option("--backend", default="auto", show_default=True, help="auto, ort, tensorrt or tvm.")
 @click.option("--target", metavar="URL", help="Where to measure: local, or rpc://HOST:PORT/KEY.")
 @click.option(
     "--calib",
