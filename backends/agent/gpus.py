@@ -37,8 +37,8 @@ cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
 cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
 cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
 print(json.dumps({
-    "name": name.value.decode("utf-8", "replace"), "sm": "%d.%d" % (major.value, minor.value),
-    "memory": memory.value, "cuda": "%d.%d" % (version.value // 1000, version.value % 1000 // 10),
+    "name": name.value.decode("utf-8", "replace"), "compute_capability": "%d.%d" % (major.value, minor.value),
+    "memory_bytes": memory.value, "cuda": "%d.%d" % (version.value // 1000, version.value % 1000 // 10),
 }))
 """
 
@@ -46,8 +46,9 @@ print(json.dumps({
 def gpus(root: str, soc: Optional[str], unknown: Dict[str, str]) -> Dict[str, Any]:
     """Return what is known of the GPUs.
 
-    `gpus`: name, sm and memory (bytes) of each card, as nvidia-smi lists them. `cuda_device`: the same of CUDA's device
-    0, and the CUDA version that the driver is for. `sm`: the compute capability that code runs on. `driver`.
+    `gpus`: name, compute_capability, driver and memory_bytes of each, as nvidia-smi lists them. `cuda_device`: the same
+    of CUDA's device 0, and as `cuda` the version that the driver is for; it stands for `gpus` where nvidia-smi is
+    missing, as on Jetson. `sm`: the compute capability that code runs on, a number. `driver`.
     """
     found = {}  # type: Dict[str, Any]
     cards, driver = _cards(root, unknown)
@@ -60,9 +61,15 @@ def gpus(root: str, soc: Optional[str], unknown: Dict[str, str]) -> Dict[str, An
         first = _first(unknown)
         if first:
             found["cuda_device"] = first
-    sm = found.get("cuda_device", cards[0] if len(cards) == 1 else {}).get("sm") or CAPABILITIES.get(soc or "")
-    if sm:
+    if "cuda_device" in found and not cards:
+        found["gpus"] = [{key: value for key, value in found["cuda_device"].items() if key != "cuda"}]
+        unknown.pop("gpus", None)
+    told = found.get("cuda_device", cards[0] if len(cards) == 1 else {}).get("compute_capability")
+    sm = reading.numeric(told or CAPABILITIES.get(soc or ""))
+    if sm is not None:
         found["sm"] = sm
+    elif len(cards) > 1:
+        unknown["sm"] = "several cards, and CUDA does not tell which one is its first"
     return found
 
 
@@ -82,8 +89,9 @@ def _cards(root: str, unknown: Dict[str, str]) -> Any:
     cards = []
     for row in rows:
         mebibytes = reading.numeric(row["memory.total"])
-        card = {"name": row["name"], "sm": row.get("compute_cap")}  # type: Dict[str, Any]
-        card["memory"] = int(mebibytes * 2**20) if mebibytes else None
+        card = {"name": row["name"], "compute_capability": row.get("compute_cap")}  # type: Dict[str, Any]
+        card["driver"] = row["driver_version"]
+        card["memory_bytes"] = int(mebibytes * 2**20) if mebibytes else None
         cards.append({key: value for key, value in card.items() if value is not None})
     return [card for card in cards if "name" in card], next((row["driver_version"] for row in rows), None)
 

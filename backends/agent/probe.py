@@ -4,10 +4,11 @@
     part                        the module's part, p3767-0003 for example: in `compatible`; else nvidia,boardids
                                 ("3448:0000:..."), nvidia,dtsfilename, or the EEPROM ("699-13767-0003-300 ..." from byte
                                 20 on, /sys/bus/i2c/devices/*-0050/eeprom), which names some parts otherwise
-    cpuinfo                     the first and the last block of /proc/cpuinfo: all cores' blocks are alike, and the last
-                                one is where Raspberry Pi says its model
-    memory_total, _available    bytes, /proc/meminfo; a Jetson's total lacks what its firmware keeps
-    disk_free                   bytes in the temporary folder, where models go
+    cpu                         of /proc/cpuinfo: `model` (Raspberry Pi has the board's there), `implementer` and `part`
+                                of Arm cores, `features` (flags as they stand there), `cores`; `threads` that this
+                                process may use
+    memory_bytes                /proc/meminfo; a Jetson's total lacks what its firmware keeps; memory_available_bytes
+    disk_free_bytes             in the temporary folder, where models go
     clocks, temperatures, ...   as in power.Sensors.state(); `gpu_load` in percent, `load` the load averages
     the rest                    gpus.py, software.py
 
@@ -103,16 +104,19 @@ def _cpu(root: str, unknown: Dict[str, str]) -> Dict[str, Any]:
         blocks = text(root, "/proc/cpuinfo").split("\n\n")
     except Unread as error:
         unknown["cpu"] = str(error)
-        return {"threads": _usable()}
+        return {"cpu": {"threads": _usable()}}
     fields = [dict(re.findall(r"^([^\n:]+?)\s*:[ \t]*(.*)$", block, re.MULTILINE)) for block in blocks]
     said = {key: value for block in reversed(fields) for key, value in block.items()}
     cores = {(block.get("physical id"), block["core id"]) for block in fields if "core id" in block}
-    return {
-        "cpu": said.get("model name") or said.get("Model"),
-        "cpuinfo": "\n\n".join(blocks if len(blocks) == 1 else [blocks[0], blocks[-1]]),
+    cpu = {
+        "model": said.get("model name") or said.get("Model"),
+        "implementer": said.get("CPU implementer"),
+        "part": said.get("CPU part"),
+        "features": (said.get("flags") or said.get("Features") or "").split(),
         "cores": len(cores) or sum("processor" in block for block in fields) or None,
         "threads": _usable(),
     }
+    return {"cpu": {key: value for key, value in cpu.items() if value}}
 
 
 def _usable() -> Optional[int]:
@@ -125,16 +129,16 @@ def _usable() -> Optional[int]:
 def _memory(root: str, unknown: Dict[str, str]) -> Dict[str, Any]:
     found = {}  # type: Dict[str, Any]
     told = dict(re.findall(r"^(\w+):\s+(\d+) kB", maybe(root, "/proc/meminfo") or "", re.MULTILINE))
-    for name, key in (("memory_total", "MemTotal"), ("memory_available", "MemAvailable")):
+    for name, key in (("memory_bytes", "MemTotal"), ("memory_available_bytes", "MemAvailable")):
         if key in told:
             found[name] = int(told[key]) * 1024
         else:
             unknown[name] = "/proc/meminfo does not tell %s" % key
     folder = tempfile.gettempdir()
     try:
-        found["disk_free"] = shutil.disk_usage(folder).free
+        found["disk_free_bytes"] = shutil.disk_usage(folder).free
     except OSError as error:
-        unknown["disk_free"] = "%s: %s" % (folder, error.strerror or error)
+        unknown["disk_free_bytes"] = "%s: %s" % (folder, error.strerror or error)
     return found
 
 

@@ -93,10 +93,15 @@ def software(root: str, unknown: Dict[str, str]) -> Dict[str, Any]:
     else:
         unknown["cuda"] = "no version file, no nvcc and no libcudart where CUDA is usually installed"
     library = tensorrt_library(root)
-    found.update({"tensorrt_library": library} if library else {})
-    if not library and "tensorrt" not in found:
-        unknown["tensorrt"] = "neither a Python module nor libnvinfer where it is usually installed"
     binary = trtexec(root)
+    if library:
+        found["tensorrt_library"] = library
+    if library and binary and "tensorrt" not in found:
+        found["tensorrt"] = library  # what trtexec builds with
+        unknown.pop("tensorrt", None)
+    elif "tensorrt" not in found:
+        there = "libnvinfer %s alone" % library if library else "no libnvinfer where it is usually installed"
+        unknown["tensorrt"] = "%s, %s" % (unknown.get("tensorrt", "no Python module"), there)
     if binary:
         found["trtexec"] = binary
     else:
@@ -216,7 +221,7 @@ def _asked(unknown: Dict[str, str]) -> Any:
 
 
 def _python_modules(packages: Dict[str, Any], modules: Dict[str, bool], unknown: Dict[str, str]) -> Dict[str, Any]:
-    """Return the versions of tensorrt, onnxruntime (with its providers) and tvm."""
+    """Return the versions of tensorrt and tvm, and version and providers of onnxruntime."""
     found = {}  # type: Dict[str, Any]
     for name, names in _DISTRIBUTIONS.items():
         if not modules.get(name):
@@ -228,9 +233,7 @@ def _python_modules(packages: Dict[str, Any], modules: Dict[str, bool], unknown:
             continue
         told = _imported(name, _PROVIDERS if name == "onnxruntime" else _VERSION.format(name), unknown)
         if told:
-            found[name] = told["version"]
-        if told and "providers" in told:
-            found["onnxruntime_providers"] = told["providers"]
+            found[name] = told if name == "onnxruntime" else told["version"]
     return found
 
 
