@@ -86,7 +86,7 @@ def main() -> None:
 @click.option("-o", "--out", type=_FILE, help="Folder for the bundle.  [default: MODEL's name + .edgec]")
 @click.option("--device", default="local", show_default=True, help="Named device (see: edgec devices).")
 @click.option("--backend", default="auto", show_default=True, help="auto, ort, tensorrt or tvm.")
-@click.option("--target", metavar="URL", help="Where to measure: local, or rpc://HOST:PORT/KEY.")
+@click.option("--target", metavar="URL", help="Where to measure: local, ssh://USER@HOST, or rpc://HOST:PORT/KEY.")
 @click.option(
     "--calib",
     type=_FILE,
@@ -310,13 +310,14 @@ def inspect(path: Path, against: Path | None, layers: bool, why: bool, html: Pat
 @click.option(
     "--device", default="local", show_default=True, help="What a plain MODEL runs on: the CPU, or a GPU here."
 )
-@click.option("--target", default="local", show_default=True, help="local, or rpc://HOST:PORT/KEY.")
+@click.option("--target", default="local", show_default=True, help="local, ssh://USER@HOST, or rpc://HOST:PORT/KEY.")
 @click.option("--threads", type=click.IntRange(0), default=0, callback=_threads, help="CPU threads.  [default: all]")
 @click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="How long to measure.")
+@click.option("--builds", type=click.IntRange(1), default=1, help="Build TensorRT engines so often: an error bar.")
 @click.option("--profile", is_flag=True, help="Time per operator as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def bench(model: Path, profile: bool, as_json: bool, **rest: Any) -> None:
-    """Measure latency on this machine, or on a board.
+    """Measure latency on this machine, or on a device.
 
     Median with its 95 % interval, p90 and p99, interleaved with the baseline where there is one.
     """
@@ -344,13 +345,13 @@ def devices(name: str | None) -> None:
 
 
 @cli.command()
-@click.option("--target", default="local", show_default=True, help="local, or rpc://HOST:PORT[/KEY].")
+@click.option("--target", default="local", show_default=True, help="local, ssh://USER@HOST, or rpc://HOST:PORT[/KEY].")
 def doctor(target: str) -> None:
-    """Say what this machine has and lacks, or what is connected to a tracker of boards."""
+    """Say what this machine, or a device, has and lacks, or what is connected to a tracker of boards."""
     from .compiler import doctor as examiner
     from .compiler.report import terminal
 
-    title = "This machine" if target == "local" else "Boards"
+    title = {"local": "This machine", "ssh": f"The device behind {target}"}.get(target.partition(":")[0], "Boards")
     terminal.render_findings(examiner.examine(target), _console(), title)
 
 

@@ -52,6 +52,24 @@ class Lowering:
     target: Target | None = None
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """An artifact as it is sent to a device: which runtime opens it there (backends/agent), and by which files.
+
+    `files` are those that `runtime` asks for, by role; `beside` lie beside them under these names, as weights outside
+    an ONNX file do.
+    `options` go with them as JSON: precision, threads, providers, shapes.
+    """
+
+    runtime: str
+    files: Mapping[str, Path]
+    beside: Mapping[str, Path]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    provider: str
+    options: Mapping[str, object]
+
+
 class Runner(Protocol):
     """An opened artifact: arrays in, arrays out, by name."""
 
@@ -80,6 +98,8 @@ class Backend(Protocol):
     casts: ClassVar[bool]
     #: Whether it runs ONNX files as they are: then the original is timed by it, too, and layers by its profiler.
     runs_onnx: ClassVar[bool]
+    #: Whether its artifacts run in edgec's own process; else the program of backends/agent runs them, here too.
+    in_process: ClassVar[bool]
 
     def prepared(self, how: Lowering) -> Backend:
         """Return the backend as one compile wants it."""
@@ -102,6 +122,9 @@ class Backend(Protocol):
     def open(self, artifact: Artifact, threads: int) -> Runner:
         """Open an artifact on this machine. UnavailableError where the toolchain is missing."""
 
+    def shipped(self, artifact: Artifact, threads: int) -> Shipped:
+        """Return an artifact as it is sent to a device over SSH."""
+
 
 class Target(Protocol):
     """Where artifacts run and are timed."""
@@ -109,6 +132,10 @@ class Target(Protocol):
     @property
     def url(self) -> str:
         """What a person calls it: `local`, or what was given to `--target`."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this machine."""
 
     def check(self) -> None:
         """Raise UnavailableError where nothing can run there now."""
@@ -130,6 +157,9 @@ class Target(Protocol):
         progress: Progress = silent,
     ) -> dict[str, Measurement]:
         """Time runners that it has opened, on the same input, interleaved; `baseline` names what to compare with."""
+
+    def close(self) -> None:
+        """Let go of it: nothing stays behind there."""
 
 
 def load(name: str) -> Backend:

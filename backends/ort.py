@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..compiler.errors import ModelError, UnavailableError, UserError
 from ..compiler.types import Artifact, DeviceProfile, FloatScheme, InputSpec, OpSupport, QuantScheme, Refusal
-from .base import FLOAT32, Lowering, Schemes
+from .base import FLOAT32, Lowering, Schemes, Shipped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,6 +134,7 @@ class OnnxRuntime:
     attention: ClassVar[tuple[OpSupport, ...]] = ATTENTION
     casts: ClassVar[bool] = False
     runs_onnx: ClassVar[bool] = True
+    in_process: ClassVar[bool] = True
 
     def prepared(self, how: Lowering) -> OnnxRuntime:
         """Return itself: nothing is tuned here."""
@@ -177,6 +178,14 @@ class OnnxRuntime:
                 f"this onnxruntime has no {missing[0]}", where="backend ort", fix="pip install onnxruntime-gpu"
             )
         return Session(artifact.folder / artifact.model, threads=threads, providers=artifact.providers or _CPU)
+
+    def shipped(self, artifact: Artifact, threads: int) -> Shipped:
+        """Return the ONNX file, with the providers that shall run it on the device."""
+        from ..compiler import model as model_io
+
+        path, providers = artifact.folder / artifact.model, artifact.providers or _CPU
+        options = {"providers": list(providers), "threads": threads}
+        return Shipped("onnxruntime", {"onnx": path}, *model_io.parts(path), providers[0], options)
 
 
 #: ONNX Runtime's rules that drop a Relu or Clip in front of QuantizeLinear as if its type ended where they clip. They

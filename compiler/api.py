@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import bundle as bundles
 from . import devices as device_table
 from .bundle import Bundle, open_bundle
 from .inspection import inspect
@@ -201,42 +199,28 @@ def bench(
     target: str = "local",
     threads: int = 0,
     seconds: float = 4.0,
+    builds: int = 1,
     progress: Progress = silent,
 ) -> list[Measurement]:
-    """Measure a bundle or an ONNX file on this machine, interleaved with `against` where given.
+    """Measure a bundle or an ONNX file, interleaved with `against` where given, and return it with the baseline last.
 
-    `against` is the baseline of the speed-up; a bundle that carries its FP32 baseline is compared with that. With
-    `target` rpc://HOST:PORT/KEY bundles of TVM's are measured on a board. Raises UnavailableError where the bundle's
-    backend or the target is not here, UserError for what does not run there.
+    `against` is the baseline of the speed-up; a bundle that carries its float baselines is compared with those.
+    `target`: this machine, a device (ssh://), or with rpc://HOST:PORT/KEY a board for TVM's bundles. `builds`: TensorRT
+    engines are built so often, for an error bar over builds. Raises UnavailableError where the bundle's backend or the
+    target is not there, UserError for what does not run there.
     """
-    from ..backends import targets
-    from . import evaluation
-    from . import model as model_io
+    from . import benching
 
-    there = targets.of(target, progress)
-    there.check()
-    path, other = Path(model), _path(against)
-    if target == "local":
-        count = threads or _built_for(path) or device_table.usable_cores()
-        carried = path / bundles.BASELINE
-        other = other or (carried if carried.is_file() else None)
-        opened = functools.partial(evaluation.open_any, threads=count, device=device)
-    else:
-        count = threads
-        opened = functools.partial(evaluation.open_there, target=there, threads=count)
-    runners = {path.name: opened(path)}
-    if other is not None:
-        runners[f"{other.name} (baseline)"] = opened(other)
-    baseline = list(runners)[-1]
-    feed = model_io.sample_inputs(runners[path.name].inputs, seed=0)
-    measured = there.measure(runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress)
-    return [measured[name] for name in runners]
-
-
-def _built_for(path: Path) -> int:
-    """Return the threads that a bundle's kernels were built for, 0 where they take any."""
-    manifest = bundles.read_manifest(path) if path.is_dir() else {}
-    return int(manifest.get("threads") or 0) if manifest.get("backend") == "tvm" else 0
+    return benching.bench(
+        Path(model),
+        against=_path(against),
+        device=device,
+        target=target,
+        threads=threads,
+        seconds=seconds,
+        builds=builds,
+        progress=progress,
+    )
 
 
 def devices(name: str | None = None) -> Sequence[DeviceProfile]:

@@ -74,7 +74,8 @@ def _all_lose(this: Job, state: State) -> bool:
     named = this.options.precision != "auto"
     if named and not this.options.budget.drop_stated:
         return False
-    attempts = [state.attempt(c) for c in state.candidates[1:]]
+    integers = [c for c in state.candidates if c.quantizer is not None]
+    attempts = [state.attempt(c) for c in integers]
     if not attempts or not all(a.fidelity is not None and _loses(this, a.fidelity) for a in attempts):
         return False
     return named or any(guard.shown_faster(a) or a.measurement.median_ms is None for a in attempts)

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ import platformdirs
 from .._version import __version__
 from ..backends import base, targets
 from ..backends.targets import rpc
+from ..backends.targets.on_device import DeviceTarget
 from ..backends.targets.tracker import Tracker
 from .devices import Cpu, local_profile, machine_arch, read_cpu, usable_cores, visible_gpus
 from .errors import UnavailableError
@@ -56,13 +58,18 @@ class Finding:
 
 
 def examine(target: str = "local") -> list[Finding]:
-    """Return what can be said of this machine and this installation, or of a tracker's boards, in the order shown.
+    """Return what can be said of this machine and this installation, of a device, or of a tracker's boards.
 
-    UserError for a target that is not understood, UnavailableError for one that this version has not.
+    In the order shown. UserError for a target that is not understood, UnavailableError for a device out of reach.
     """
     if target.startswith("rpc:"):
         return list(_boards(*rpc.parsed(target)))
-    targets.of(target)
+    there = targets.of(target)
+    if isinstance(there, DeviceTarget):
+        from . import matching  # which has the words for what is found there, in findings of this module
+
+        with closing(there):
+            return matching.findings(there.probed)
     profile, cpu = local_profile(), read_cpu()
     parts: tuple[Callable[[], Iterable[Finding]], ...] = (
         lambda: _machine(profile, cpu),

@@ -6,17 +6,22 @@ between compiles but the content-keyed caches.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import platform
 import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..backends.base import Profiled
+from ..backends.targets.on_device import DeviceTarget
+from ..backends.tensorrt import shipping
 from ..passes.quant_params import needed_opset
-from . import bundle, devices, exploration, files, guard, job, layers, pipeline, rivals, wording
+from . import bundle, devices, exploration, files, guard, job, layers, pipeline, recipe, rivals, wording
 from . import model as model_io
 from .candidates import Candidate, Lossy, save
 from .errors import BudgetError
@@ -26,6 +31,7 @@ from .options import Options
 from .proof import Prover
 from .report import text
 from .types import (
+    Artifact,
     Attempt,
     Layer,
     PassRecord,
@@ -34,6 +40,9 @@ from .types import (
     Report,
     silent,
 )
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def compile(model: Path, out: Path, options: Options, progress: Progress = silent) -> Report:
@@ -57,6 +66,13 @@ def _compile(
     """Return the report, the bundle being written into `staged`, and the stated budget that could not be met."""
     original = model_io.load(path)
     this = job.resolve(path, original, options, progress)
+    with contextlib.nullcontext() if this.target is None else contextlib.closing(this.target):
+        return _made(this, original, staged, work, start)
+
+
+def _made(this: Job, original: ir.Model, staged: Path, work: Path, start: float) -> tuple[Report, str | None]:
+    """Do it for a job that is resolved."""
+    options, path = this.options, this.path
     prover = Prover(original, verify=options.verify)
     scheme = job.quant_scheme(this)
     opset = None if scheme is None else needed_opset(scheme)
@@ -77,7 +93,7 @@ def _compile(
         precision=chosen.precision,
         headline="",
         original=state.measured["original"],
-        baseline=state.measured["fp32"],
+        baseline=state.measured[state.candidates[0].name],
         result=attempt.measurement,
         fidelity=attempt.fidelity,
         budget=options.budget,
@@ -138,7 +154,7 @@ def _layers(this: Job, found: Lossy, chosen: Candidate, refusals: tuple[Refusal,
 
 def _timed(this: Job, chosen: Candidate, rows: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Return the layers with the times of their kernels, where the backend tells them."""
-    if this.target is None or this.backend.runs_onnx:
+    if this.target is None or this.timed_here and this.backend.runs_onnx:
         return rows
     lowered = this.backend.lower(chosen.path, this.profile, chosen.precision)
     runner = this.target.open(this.backend, lowered, this.target_threads)
@@ -153,7 +169,19 @@ def _write(this: Job, chosen: Candidate, baseline: Candidate, report: Report, st
     if this.target is None and chosen is not baseline:
         model_io.save(baseline.model, staged / bundle.BASELINE)
     artifact = this.backend.lower(staged / bundle.MODEL, this.profile, chosen.precision)
+    if isinstance(this.target, DeviceTarget) and not this.backend.in_process:
+        _bring_engine(this, artifact, staged)
+    if this.target is None:
+        recipe.write(staged, artifact, this.profile, job.one_input(this))
     bundle.write(staged, artifact, report, this.path)
+
+
+def _bring_engine(this: Job, artifact: Artifact, staged: Path) -> None:
+    """Put the engine that was built on the device into the bundle, with what it is tied to."""
+    assert isinstance(this.target, DeviceTarget)
+    runner = this.target.open(this.backend, artifact, this.target_threads)
+    said = this.target.fetch(runner, job.one_input(this), staged / shipping.ENGINE)
+    (staged / shipping.SAID).write_text(json.dumps(said, indent=1), encoding="utf-8")
 
 
 def _broken(attempt: Attempt, options: Options) -> str | None:

@@ -191,7 +191,7 @@ def _verdict(
     if attempt.measurement.median_ms is None:
         return "inside the budget"
     if winner == 0:
-        return "not shown to be faster than FP32"
+        return f"not shown to be faster than {attempts[0].precision.upper()}"
     fast, faster = (a.measurement.speedup or 0.0 for a in (attempt, attempts[winner]))
     if fast >= AS_FAST * faster:
         if _decibels(attempt) > _decibels(attempts[winner]):

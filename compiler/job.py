@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends import base as backends
 from ..backends import targets
+from ..backends.agent import trtexec
 from ..backends.base import FLOAT32, Lowering
 from ..backends.ort import Session
-from ..backends.targets.rpc import RpcTarget
+from ..backends.targets.on_device import DeviceTarget
 from ..calib import folder
 from ..calib import preprocess as preprocessing
-from . import devices, fidelity
+from . import devices, fidelity, matching
 from . import model as model_io
-from .errors import DataError, ModelError, UserError
+from .errors import DataError, ModelError, UnavailableError, UserError
 from .metrics import load_metric
 from .options import PRECISIONS, Options, Saving
 from .proof import LARGE
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 #: Threads that a device has whose cores are not known.
 _CORES = 4
+_INSTALL = "install it there (edgec doctor --target URL shows what is), or choose another --backend"
+#: What to do with a bundle that was not measured.
+AS_SAID = "copy the bundle there and run: python3 BUNDLE/edgec-device.pyz"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class Job:
     target_threads: int = 0
 
     @property
+    def timed_here(self) -> bool:
+        """Whether layers can be timed in this process as the target would run them: what menus and mixtures cost by."""
+        return self.target is not None and self.target.is_here and self.backend.in_process
+
+    @property
     def seconds_left(self) -> float | None:
         """Seconds until the search shall end, at least 0; None where it may take its time."""
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
@@ -89,13 +99,38 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
         raise UserError(
             f"this machine is not a {profile.title}", where="--target local", fix="leave --target out, or --device"
         )
+    url = options.target or ("local" if here else None)
+    if url is None or not url.startswith("ssh:"):
+        backend = _backend(options, profile, url, None)
+        return _resolved(path, model, options, progress, deadline, profile, backend, url, None)
+    target = targets.of(url, progress)
+    try:
+        assert isinstance(target, DeviceTarget)
+        profile = matching.profile_there(target, options.device)
+        backend = _backend(options, profile, url, target)
+        return _resolved(path, model, options, progress, deadline, profile, backend, url, target)
+    except BaseException:
+        target.close()
+        raise
+
+
+def _resolved(
+    path: Path,
+    model: ir.Model,
+    options: Options,
+    progress: Progress,
+    deadline: float | None,
+    profile: DeviceProfile,
+    backend: Backend,
+    url: str | None,
+    reached: Target | None,
+) -> Job:
+    """Resolve the rest, once device and backend are known; `reached` is the target where it was asked what it is."""
     _check_judge(options)
     _check_degrade(options)
     metric = load_metric(options.metric) if options.metric else None
-    url = options.target or ("local" if here else None)
     threads = options.threads or devices.usable_cores()
-    backend = _backend(options, profile, url)
-    target, why = _target(url, profile, backend, progress)
+    target, why = _target(url, profile, backend, progress, reached)
     there = _target_threads(options, profile, target)
     how = Lowering(options.tune, there, options.seed, progress, options.fixed_point, target)
     backend = backend.prepared(how)
@@ -211,7 +246,7 @@ def honest_specs(path: Path, model: ir.Model) -> tuple[InputSpec, ...]:
     return specs
 
 
-def _backend(options: Options, profile: DeviceProfile, url: str | None) -> Backend:
+def _backend(options: Options, profile: DeviceProfile, url: str | None, reached: DeviceTarget | None) -> Backend:
     """Return the backend that was named, or the device's first choice that can run where it shall be measured."""
     if options.backend != "auto":
         return backends.load(options.backend)
@@ -219,20 +254,33 @@ def _backend(options: Options, profile: DeviceProfile, url: str | None) -> Backe
         return backends.load("tvm")
     known = [backends.load(name) for name in profile.backends if name in backends.BACKENDS]
     if url == "local":
-        known = [b for b in known if b.unavailable() is None]
-    return known[0]
+        known = [b for b in known if b.unavailable() is None and (b.in_process or tensorrt_is_here())]
+    if reached is None:
+        return known[0]
+    refused = {b.name: reached.refuses(b) for b in known}
+    able = [b for b in known if refused[b.name] is None and b.unavailable() is None]
+    if not able:
+        raise UnavailableError("; ".join(str(why) for why in refused.values()), where=f"--target {url}", fix=_INSTALL)
+    return able[0]
+
+
+def tensorrt_is_here() -> bool:
+    """Say whether this machine seems to have TensorRT: its module, or trtexec."""
+    return find_spec("tensorrt") is not None or trtexec.find() is not None
 
 
 def _target(
-    url: str | None, profile: DeviceProfile, backend: Backend, progress: Progress
+    url: str | None, profile: DeviceProfile, backend: Backend, progress: Progress, reached: Target | None
 ) -> tuple[Target | None, str | None]:
     """Return where to measure, or why nothing is measured. UnavailableError for what was asked and is not there."""
     if url is None:
-        return None, f"this machine is not a {profile.title}; carry the bundle there and run edgec bench on it"
-    target = targets.of(url, progress)
+        return None, f"this machine is not a {profile.title}; {AS_SAID}"
+    target = reached or targets.of(url, progress, in_process=backend.in_process)
     refusal = target.refuses(backend)
-    if refusal is not None:
+    if refusal is not None and url.startswith("rpc:"):
         raise UserError(refusal, where=f"--target {url} --backend {backend.name}", fix="use --backend tvm there")
+    if refusal is not None:
+        raise UnavailableError(refusal, where=f"--target {url} --backend {backend.name}", fix=_INSTALL)
     problem = backend.unavailable()
     if problem is not None:
         raise problem
@@ -242,7 +290,7 @@ def _target(
 
 def _target_threads(options: Options, profile: DeviceProfile, target: Target | None) -> int:
     """Return the threads to build and measure for: all cores of a board, where they are known, or of this machine."""
-    elsewhere = isinstance(target, RpcTarget) or not devices.is_this_machine(profile)
+    elsewhere = (target is not None and not target.is_here) or not devices.is_this_machine(profile)
     if options.threads or profile.is_local or not elsewhere:
         return options.threads or devices.usable_cores()
     return (profile.cores if profile.kind == "cpu" else None) or _CORES

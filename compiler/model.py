@@ -214,6 +214,17 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     return tuple(_input_spec(value) for value in model.graph.inputs if not value.is_initializer())
 
 
+def parts(path: Path) -> tuple[dict[str, Path], tuple[InputSpec, ...], tuple[str, ...]]:
+    """Return the files beside an ONNX file by the names that it knows them by, its inputs, and its outputs' names.
+
+    Raises the errors of `load`.
+    """
+    model, folder = load(path), path.parent.resolve()
+    outside = external_data.files(onnx_file.parse(path), path)
+    beside = {file.resolve().relative_to(folder).as_posix(): file for file in outside}
+    return beside, input_specs(model), output_names(model)
+
+
 def output_names(model: ir.Model) -> tuple[str, ...]:
     """The names of the graph's outputs, in their order."""
     return tuple(value.name or "" for value in model.graph.outputs)

@@ -386,6 +386,25 @@ class Robustness:
 
 
 @dataclass(frozen=True)
+class OnDevice:
+    """What a device told beside the latency; None for what it, or the runtime, does not tell.
+
+    `with_copies_ms`: a call with its inputs brought to the GPU and its outputs fetched. `throughput`: calls a second
+    that need not wait for each other. `joules`: energy of a call, `watts` mean power, both of the sensor `rail`.
+    `builds_ms`: medians of further builds of the same engine. `engine` says what was built, `notes` what disturbed.
+    """
+
+    with_copies_ms: float | None = None
+    throughput: float | None = None
+    joules: float | None = None
+    watts: float | None = None
+    rail: str | None = None
+    builds_ms: tuple[float, ...] = ()
+    engine: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Latency of one artifact on one target: milliseconds for one call.
 
@@ -410,6 +429,7 @@ class Measurement:
     speedup_low: float | None = None
     speedup_high: float | None = None
     p5_ms: float | None = None
+    on_device: OnDevice | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the runtimes have in common once a model is opened."""
 
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from .tensors import Described, Tensor
 
@@ -26,6 +26,8 @@ class Opened:
     outputs: List[Described] = []
     provider: str = ""
     in_blocks: bool = False
+    #: What is to be told beside the measurement: how an engine was built, for example.
+    facts: Dict[str, Any] = {}
 
     def feed(self, tensors: Dict[str, Tensor]) -> None:
         """Take an input; its shapes may be new. It stays until another one is given."""

@@ -15,7 +15,7 @@ from . import timing
 class LocalTarget:
     """Runs and times artifacts in this process."""
 
-    url = "local"
+    url, is_here = "local", True
 
     def check(self) -> None:
         """Do nothing: this machine is there."""
@@ -50,3 +50,6 @@ class LocalTarget:
             batch=batch,
             providers={name: runner.provider for name, runner in runners.items()},
         )
+
+    def close(self) -> None:
+        """Do nothing: artifacts ran in this process."""

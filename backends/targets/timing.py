@@ -106,12 +106,17 @@ def summarise(
     threads: int,
     batch: int,
     providers: Mapping[str, str],
+    calls: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Measurement]:
-    """Turn samples in milliseconds into measurements; `baseline` names the one that the others are compared with."""
+    """Turn samples in milliseconds into measurements; `baseline` names the one that the others are compared with.
+
+    Samples are paired round by round. Where each stands for several calls, `calls` are those.
+    """
     result = {}
-    for name, values in samples.items():
+    for name, paired in samples.items():
+        values = paired if calls is None else calls[name]
         median, low, high = median_interval(values)
-        ratio = median_interval(samples[baseline] / values) if name != baseline else (None, None, None)
+        ratio = median_interval(samples[baseline] / paired) if name != baseline else (None, None, None)
         result[name] = Measurement(
             name=name,
             target=target,

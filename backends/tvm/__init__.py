@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...compiler.errors import UnavailableError, UserError
+from ...compiler.errors import ModelError, UnavailableError, UserError
 from ...compiler.types import Artifact, DeviceProfile, OpSupport, QuantScheme, Refusal
-from ..base import FLOAT32, Lowering, Schemes
+from ..base import FLOAT32, Lowering, Schemes, Shipped
 from . import support
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Tvm:
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
     casts: ClassVar[bool] = False
     runs_onnx: ClassVar[bool] = False
+    in_process: ClassVar[bool] = True
 
     def prepared(self, how: Lowering) -> Tvm:
         """Return the backend as one compile wants it."""
@@ -127,6 +128,21 @@ class Tvm:
         if problem is not None:
             raise problem
         return opened(artifact.folder / artifact.model, threads)
+
+    def shipped(self, artifact: Artifact, threads: int) -> Shipped:
+        """Return the library with what is said beside it. ModelError where that is damaged."""
+        from .runner import Facts
+
+        path = artifact.folder / artifact.model
+        try:
+            facts = Facts.of(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError("what is said beside it is damaged", where=str(path), fix="compile again") from error
+        said = path.with_name(path.name + _SAID)
+        options = {"threads": threads}
+        return Shipped(
+            "tvm", {"library": path}, {said.name: said}, facts.inputs, facts.outputs, facts.provider, options
+        )
 
 
 def _content(model: Path, profile: DeviceProfile) -> str:

@@ -50,7 +50,7 @@ class Factorized:
 def low_rank(this: Job, base: Candidate, work: Path, request: Saving, whole: Attempt | None = None) -> Factorized:
     """Factorize the model of `base`. There must be images. `whole` is the best of the network as it is, if explored."""
     fast = request.kind == "latency" or this.options.goal == "latency"
-    kitchen = Kitchen.of(this, base, work, timed=this.target is not None and fast)
+    kitchen = Kitchen.of(this, base, work, timed=this.timed_here and fast)
     found = _chosen(kitchen, request, whole)
     made = found.what
     candidate = None if made is None else made.candidate or kitchen.made(made.chosen, made.name)
@@ -75,8 +75,9 @@ def _chosen(kitchen: Kitchen, request: Saving, whole: Attempt | None) -> _Found:
             return race.Chosen(None, f"{held}, and nothing was factorized")
     if not request.saved and this.options.goal == "size":
         return _smallest(kitchen)
-    if this.target is None:
-        return race.Chosen(None, f"nothing can be shown to pay where nothing is measured ({this.not_measured})")
+    if not this.timed_here:
+        told = this.not_measured or "layers are timed on this machine only, and the target is another"
+        return race.Chosen(None, f"nothing can be shown to pay where no layer is timed ({told})")
     if not kitchen.timed:
         return race.Chosen(None, "the times of layers are not believed, and nothing was factorized")
     contest = Race(this, Ranks(kitchen), kitchen.base)

@@ -86,7 +86,7 @@ def possible(this: Job) -> bool:
     """
     if this.images is None or "mixed-precision" in this.options.without or not this.backend.runs_onnx:
         return False
-    return this.options.precision == "w4a8" or (this.options.precision in ("auto", "int8") and this.target is not None)
+    return this.options.precision == "w4a8" or (this.options.precision in ("auto", "int8") and this.timed_here)
 
 
 def widths(this: Job, quantizer: Quantizer, prover: Prover, size: int) -> Widths | None:
@@ -114,7 +114,7 @@ def mix(
     tradeoff = weigh(
         wide,
         this.images,
-        None if few_wide or this.target is None else job.one_input(this),
+        job.one_input(this) if this.timed_here and not few_wide else None,
         threads=this.threads,
         seed=this.options.seed,
         narrow=None if ends is None else Narrow(ends.narrow, floats=not few_wide),
@@ -147,7 +147,7 @@ def weighed(this: Job, quantizer: Quantizer, judge: Closeness | None = None) -> 
     """Return the program of a quantizer that no mixtures were made of, for stepping back; None without images."""
     if this.images is None:
         return None
-    feed = None if this.target is None or this.target.url != "local" else job.one_input(this)
+    feed = job.one_input(this) if this.timed_here else None
     found = weigh(
         quantizer, this.images, feed, threads=this.threads, seed=this.options.seed, judge=judge,
         deadline=this.deadline, progress=this.progress,

@@ -13,6 +13,7 @@ from itertools import accumulate
 from ..types import Layer, Report, RobustChoice
 from . import (
     charts,
+    device_tables,
     facts,
     layer_tables,
     low_rank_tables,
@@ -161,7 +162,9 @@ def _latency(report: Report) -> str:
     title = "Median latency: " + ", ".join(f"{b.label} {b.figure}" for b in bars)
     caption = "Median of one call; the whiskers are its 95 % interval."
     chart = _figure(charts.bars(title, bars), caption) if len(bars) > 1 else ""
-    return _section(table.title, chart + _table(table))
+    more = device_tables.of_report(report)
+    told = _section(more.title, _table(more)) if more.rows or more.notes else ""
+    return _section(table.title, chart + _table(table)) + told
 
 
 def _quality(report: Report) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from . import (
+    device_tables,
     facts,
     layer_tables,
     low_rank_tables,
@@ -47,6 +48,7 @@ def render(report: Report, console: Console) -> None:
     _pairs([("warning", line) for line in report.warnings], console, "yellow")
     shown = [
         tables.latency(report),
+        device_tables.of_report(report),
         tables.quality(report.fidelity, report.budget),
         tables.outputs(report.fidelity),
         tables.attempts(report.attempts if len(report.attempts) > 1 else ()),
@@ -83,6 +85,10 @@ def render_why(report: Report, console: Console) -> None:
 def render_measurements(found: Sequence[Measurement], console: Console) -> None:
     """Print what bench measured; speed-ups are against the last one."""
     _table(tool_tables.measurements(found), console)
+    more = device_tables.on_device([(m.name, m) for m in found])
+    if more.rows or more.notes:
+        console.print()
+        _table(more, console)
 
 
 def render_operators(found: Sequence[OperatorTime], console: Console) -> None:

@@ -1,7 +1,8 @@
 """TensorRT: the tables first, the class second. Contract-checked, not run on hardware.
 
-This version writes the ONNX artifact that TensorRT builds from; the engine itself is built on the device. Source of
-the rules: NVIDIA's explicit-quantization guide and Model-Optimizer's placement.
+What is written here are the ONNX files that TensorRT builds from; the engine itself is built on the device, by
+backends/agent, since it runs nowhere else. Source of the rules: NVIDIA's explicit-quantization guide and
+Model-Optimizer's placement.
 
 - activations int8, symmetric, zero points explicit and 0; one scale per tensor
 - weights stay float behind a Q/DQ pair with one scale per output channel (TensorRT 8 reads no int8 initializer)
@@ -18,9 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ..compiler.errors import UnavailableError, UserError
-from ..compiler.types import Artifact, DeviceProfile, FloatScheme, OpSupport, QuantScheme, Refusal
-from .base import FLOAT32, Lowering, Runner, Schemes
+from ...compiler.errors import UnavailableError, UserError
+from ...compiler.types import Artifact, DeviceProfile, FloatScheme, OpSupport, QuantScheme, Refusal
+from ..base import FLOAT32, Lowering, Runner, Schemes, Shipped
+from . import shipping
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -90,6 +92,7 @@ class TensorRT:
     supports: ClassVar[tuple[OpSupport, ...]] = SUPPORTS
     attention: ClassVar[tuple[OpSupport, ...]] = ATTENTION
     casts: ClassVar[bool] = True
+    in_process: ClassVar[bool] = False
     runs_onnx: ClassVar[bool] = True
 
     def prepared(self, how: Lowering) -> TensorRT:
@@ -97,11 +100,8 @@ class TensorRT:
         return self
 
     def unavailable(self) -> UserError | None:
-        """Return why no engine can be built here."""
-        return UnavailableError(
-            "building TensorRT engines is not in this version of edgec",
-            fix="the bundle's model.onnx is what trtexec builds the engine from, on the device",
-        )
+        """Return None: whether TensorRT is there is the device's to say, this machine being one of them."""
+        return None
 
     def schemes(self, profile: DeviceProfile) -> Schemes:
         """By the device's types: INT8 from SM 7.2 on; INT4 weights from 8.0, FP8 from 8.9, both from version 10."""
@@ -149,8 +149,17 @@ class TensorRT:
         return Artifact(self.name, precision, model.parent, name)
 
     def open(self, artifact: Artifact, threads: int) -> Runner:
-        """Raise UnavailableError: no engine is built in this version."""
-        raise self.unavailable() or AssertionError
+        """Open an artifact in this machine's TensorRT, in a process of its own. UnavailableError where there is none.
+
+        The bundle's engine is opened where it was built for this very machine, else a new one is built.
+        """
+        from ..targets.here import HereTarget
+
+        return HereTarget().open(self, artifact, threads)
+
+    def shipped(self, artifact: Artifact, threads: int) -> Shipped:
+        """Return the ONNX files, of which the device takes the one that its version wants, and the engine if any."""
+        return shipping.shipped(artifact)
 
 
 def _too_old(profile: DeviceProfile, instead: str) -> str | None:
@@ -171,9 +180,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _float16_copy(path: Path) -> Path | None:
     """Write the model with float16 weights and activations beside it; return the file, None where that cannot be."""
-    from ..compiler import model as model_io
-    from ..passes.cast_fp16 import CastFloat16
-    from ..passes.raise_opset import RaiseOpset
+    from ...compiler import model as model_io
+    from ...passes.cast_fp16 import CastFloat16
+    from ...passes.raise_opset import RaiseOpset
 
     model = model_io.load(path)
     raised = RaiseOpset(FLOAT16_OPSET).apply(model)

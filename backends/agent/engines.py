@@ -1,0 +1,148 @@
+"""TensorRT engines on the device: built by the Python module or by trtexec, whichever is there, and kept for a session.
+
+An engine belongs to the TensorRT version, the GPU and the driver that it was built with. One that comes with a model is
+opened only where all of these are the same; else the reason is said and it is built anew from the ONNX file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from typing import Any, Dict, Optional
+
+from . import tensorrt_build, tensorrt_engine, trtexec
+from .faults import Fault
+from .opened import Opened, Tell
+
+#: Where engines lie, in the session's folder, and beside them the timing cache that all builds of a session share.
+FOLDER, TIMINGS = "engines", "timing.cache"
+#: Seconds that trtexec measures in one block.
+_BLOCK = 2.0
+_NEITHER = (
+    "the device has neither TensorRT's Python module nor trtexec; "
+    "on a Jetson: sudo apt install nvidia-jetpack, on a desktop: pip install tensorrt"
+)
+
+
+def open_model(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Opened:
+    """Return an opened engine, built where it is not there yet. Fault where it does not build or open."""
+    facts = built(model, job, tell)
+    shapes = {name: said["shape"] for name, said in job.get("feed", {}).items()}
+    tell("opening %s" % model["name"], 0, None)
+    one = None  # type: Any
+    if facts["with"] == "python":
+        one = tensorrt_engine.open_engine(facts["engine"], shapes, tell)
+    else:
+        binary = _binary()
+        one = trtexec.open_engine(facts["engine"], shapes, binary, _BLOCK)
+    one.facts = {"built": facts}
+    opened = one  # type: Opened
+    return opened
+
+
+def built(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Dict[str, Any]:
+    """Return what is to be known of a model's engine, which is built unless it is there. Fault where that fails."""
+    folder = job.get("engines") or FOLDER
+    os.makedirs(folder, exist_ok=True)
+    key = _key(model)
+    path, said = os.path.join(folder, key + ".engine"), os.path.join(folder, key + ".json")
+    if os.path.exists(said) and os.path.exists(path):
+        with open(said) as file:
+            kept = json.load(file)  # type: Dict[str, Any]
+        return kept
+    way = _way(model)
+    here = tensorrt_build.identity() if way == "python" else None
+    carried = _carried(model, here)
+    if carried is True:
+        shutil.copyfile(model["files"]["engine"], path)
+        facts = {"engine": path, "with": way, "identity": here, "seconds": 0.0, "bytes": os.path.getsize(path)}
+        facts["carried"] = True
+    else:
+        facts = _build(model, path, way, os.path.join(folder, TIMINGS), tell)
+        facts.update(identity=here or {"tensorrt": facts["version"]}, rebuilt=carried)
+    with open(said + ".part", "w") as file:
+        json.dump(facts, file)
+    os.rename(said + ".part", said)
+    return facts
+
+
+def _build(model: Dict[str, Any], path: str, way: str, timings: str, tell: Tell) -> Dict[str, Any]:
+    options, files = model.get("options", {}), model["files"]
+    cache = files.get("timings")
+    if cache and not os.path.exists(timings) and os.path.exists(cache):
+        shutil.copyfile(cache, timings)
+    request = tensorrt_build.Request(
+        weak=files.get("weak"),
+        strong=files.get("strong"),
+        precision=options.get("precision", "fp32"),
+        engine=path,
+        shapes={name: (s[0], s[1], s[2]) for name, s in options.get("shapes", {}).items()},
+        workspace=options.get("workspace"),
+        # another build of the same model shall time its kernels itself: the cache would repeat the first one's choice
+        timing_cache=None if model.get("build") else timings,
+        typing=options.get("typing"),
+        level=options.get("level"),
+        dla_core=options.get("dla_core"),
+        ranges=options.get("ranges"),
+    )
+
+    def named(stage: str, done: int, total: Optional[int]) -> None:
+        tell("building %s: %s" % (model["name"], stage), done, total)
+
+    done = tensorrt_build.build(request, named) if way == "python" else trtexec.build(request, named, _binary())
+    return {
+        "engine": done.engine,
+        "with": way,
+        "version": done.version,
+        "typing": done.typing,
+        "source": os.path.basename(done.source),
+        "flags": done.flags,
+        "seconds": done.seconds,
+        "bytes": done.size,
+        "warnings": done.warnings,
+    }
+
+
+def _carried(model: Dict[str, Any], here: Optional[Dict[str, Any]]) -> Any:
+    """Return True where the engine that came along can be opened here, why not, or None where none came along."""
+    engine, saved = model["files"].get("engine"), model.get("options", {}).get("identity")
+    if not engine or not saved:
+        return None
+    if here is None:
+        return "trtexec does not tell whether the engine that came along fits"
+    return tensorrt_build.mismatch(saved, here) or True
+
+
+def _way(model: Dict[str, Any]) -> str:
+    """Return how engines are built here: `python`, or `trtexec` where only that is there. Fault where neither is."""
+    asked = model.get("options", {}).get("with")
+    if asked in ("python", "trtexec"):
+        return str(asked)
+    try:
+        import tensorrt
+    except Exception:  # a broken installation raises what it likes
+        tensorrt = None
+    if tensorrt is not None and hasattr(tensorrt, "Builder") and _named_tensors(tensorrt):
+        return "python"
+    if trtexec.find() is not None:
+        return "trtexec"
+    raise Fault(_NEITHER)
+
+
+def _named_tensors(trt: Any) -> bool:
+    """Say whether this module has named tensors, which came with 8.5; JetPack 4's 8.2 is used through trtexec."""
+    numbers = [int(part) for part in str(trt.__version__).split(".")[:2] if part.isdigit()]  # type: List[int]
+    return tuple(numbers) >= (8, 5)
+
+
+def _binary() -> str:
+    found = trtexec.find()
+    if found is None:
+        raise Fault(_NEITHER)
+    return str(found)
+
+
+def _key(model: Dict[str, Any]) -> str:
+    """Return what tells engines of a session apart: the files, which lie in folders named by content, and options."""
+    told = json.dumps([model["files"], model.get("options", {}), model.get("build", 0)], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:20]

@@ -1,0 +1,116 @@
+"""`edgec bench`: a bundle or an ONNX file, measured here, on a device, or as it was measured there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..backends import base as backends
+from ..backends import targets
+from ..backends.targets.on_device import DeviceTarget, Remote
+from . import bundle, devices, evaluation, matching, recipe
+from . import model as model_io
+from .errors import DeviceError
+from .types import Artifact, DeviceProfile, Measurement, Progress
+
+if TYPE_CHECKING:
+    from ..backends.base import Runner, Target
+
+
+def bench(
+    path: Path,
+    *,
+    against: Path | None,
+    device: str,
+    target: str,
+    threads: int,
+    seconds: float,
+    builds: int,
+    progress: Progress,
+) -> list[Measurement]:
+    """See api.bench."""
+    manifest = bundle.read_manifest(path) if path.is_dir() else {}
+    if target == "local" and against is None and path.is_dir() and recipe.came_back(path):
+        return recipe.joined(path)
+    in_process = not manifest or backends.load(manifest["backend"]).in_process
+    with closing(targets.of(target, progress, in_process=in_process)) as there:
+        there.check()
+        if isinstance(there, DeviceTarget):
+            named = manifest.get("device", device) if device == "local" else device
+            profile = profile_there(there, named)
+            count, runners = threads, _on_device(there, path, manifest, against, profile, threads)
+            measure = functools.partial(there.measure, builds=builds)
+        else:
+            count = (threads or _built_for(manifest) or devices.usable_cores()) if there.is_here else threads
+            runners = _opened(there, path, against, count, device)
+            measure = there.measure
+        baseline = list(runners)[-1]
+        feed = model_io.sample_inputs(runners[path.name].inputs, seed=0)
+        measured = measure(runners, feed, baseline=baseline, threads=count, seconds=seconds, progress=progress)
+    return [measured[name] for name in runners]
+
+
+def _opened(there: Target, path: Path, against: Path | None, threads: int, device: str) -> dict[str, Runner]:
+    """Return what runs in this process, or on boards: the model, and the baseline if there is one."""
+    carried = path / bundle.BASELINE
+    other = against or (carried if there.is_here and carried.is_file() else None)
+    paths = {path.name: path} | ({} if other is None else {f"{other.name} (baseline)": other})
+    if there.is_here:
+        return {name: evaluation.open_any(one, threads, device=device) for name, one in paths.items()}
+    return {name: evaluation.open_there(one, there, threads) for name, one in paths.items()}
+
+
+def _on_device(
+    there: DeviceTarget,
+    path: Path,
+    manifest: Mapping[str, Any],
+    against: Path | None,
+    profile: DeviceProfile,
+    threads: int,
+) -> dict[str, Runner]:
+    """Return what runs on a device: the model, with a bundle's float baselines or the one that was given."""
+
+    def opened(one: Path) -> Runner:
+        artifact = bundle.artifact_of(one, bundle.read_manifest(one)) if one.is_dir() else _onnx(one, profile)
+        return there.open(backends.load(artifact.backend), artifact, threads)
+
+    if against is not None:
+        return {path.name: opened(path), f"{against.name} (baseline)": opened(against)}
+    if not path.is_dir():
+        return {path.name: opened(path)}
+    found = recipe.compared(path, bundle.artifact_of(path, manifest), profile, threads)
+    runners: dict[str, Runner] = {name: Remote(there, one) for name, one in found.models.items()}
+    result = {path.name: runners.pop(recipe.RESULT)}
+    return result | {f"{name} (baseline)" if name == found.baseline else name: one for name, one in runners.items()}
+
+
+def _onnx(path: Path, profile: DeviceProfile) -> Artifact:
+    model_io.load(path)  # its faults are explained better than ONNX Runtime explains them
+    return backends.load("ort").lower(path, profile, "as given")
+
+
+def profile_there(there: DeviceTarget, device: str) -> DeviceProfile:
+    """Return the profile of a device that answers, with its toolchain: the one that is named, or what it is itself.
+
+    DeviceError where another device answers than the one that is named, or one that devices.yaml does not have.
+    """
+    name = device
+    if device == "local" and not there.is_here:
+        found = matching.device_of(there.probed)
+        if found is None:
+            what = f"devices.yaml has no such device: {matching.named(there.probed)}"
+            raise DeviceError(what, where=f"--target {there.url}", fix="name the nearest one with --device")
+        name = found
+    profile = devices.find(name)
+    wrong = None if profile.is_local else matching.fits(profile, there.probed)
+    if wrong is not None:
+        raise DeviceError(wrong.what, where=f"--device {name} --target {there.url}", fix=wrong.fix)
+    return matching.toolchain(profile, there.probed)
+
+
+def _built_for(manifest: Mapping[str, Any]) -> int:
+    """Return the threads that a bundle's kernels were built for, 0 where they take any."""
+    return int(manifest.get("threads") or 0) if manifest.get("backend") == "tvm" else 0
