@@ -8,7 +8,7 @@ Flags are named here, never numbered: STRONGLY_TYPED is bit 1 in 9 and 10 but bi
 """
 
 import re
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from .faults import Fault
 
