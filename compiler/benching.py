@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..backends import base as backends
 from ..backends import targets
 from ..backends.targets.on_device import DeviceTarget, Remote
-from . import bundle, devices, evaluation, matching, recipe
+from . import answering, bundle, devices, evaluation, recipe
 from . import model as model_io
-from .errors import DeviceError
 from .types import Artifact, DeviceProfile, Measurement, Progress
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ def bench(
         there.check()
         if isinstance(there, DeviceTarget):
             named = manifest.get("device", device) if device == "local" else device
-            profile = profile_there(there, named)
+            profile = answering.profile_of(there, named)
             count, runners = threads, _on_device(there, path, manifest, against, profile, threads)
-            measure = functools.partial(there.measure, builds=builds)
+            measure: Callable[..., dict[str, Measurement]] = functools.partial(there.measure, builds=builds)
         else:
             count = (threads or _built_for(manifest) or devices.usable_cores()) if there.is_here else threads
             runners = _opened(there, path, against, count, device)
@@ -90,25 +89,6 @@ def _on_device(
 def _onnx(path: Path, profile: DeviceProfile) -> Artifact:
     model_io.load(path)  # its faults are explained better than ONNX Runtime explains them
     return backends.load("ort").lower(path, profile, "as given")
-
-
-def profile_there(there: DeviceTarget, device: str) -> DeviceProfile:
-    """Return the profile of a device that answers, with its toolchain: the one that is named, or what it is itself.
-
-    DeviceError where another device answers than the one that is named, or one that devices.yaml does not have.
-    """
-    name = device
-    if device == "local" and not there.is_here:
-        found = matching.device_of(there.probed)
-        if found is None:
-            what = f"devices.yaml has no such device: {matching.named(there.probed)}"
-            raise DeviceError(what, where=f"--target {there.url}", fix="name the nearest one with --device")
-        name = found
-    profile = devices.find(name)
-    wrong = None if profile.is_local else matching.fits(profile, there.probed)
-    if wrong is not None:
-        raise DeviceError(wrong.what, where=f"--device {name} --target {there.url}", fix=wrong.fix)
-    return matching.toolchain(profile, there.probed)
 
 
 def _built_for(manifest: Mapping[str, Any]) -> int:

@@ -22,7 +22,16 @@ from .quantization.quantizer import Quantizer
 from .quantization.robust import search_robustly
 from .quantization.search import Found, from_ranges, search
 from .settings import objection
-from .types import CalibrationSummary, PassRecord, QuantScheme, Refusal, RobustChoice, StepRecord, TensorStatistics
+from .types import (
+    CalibrationSummary,
+    FloatScheme,
+    PassRecord,
+    QuantScheme,
+    Refusal,
+    RobustChoice,
+    StepRecord,
+    TensorStatistics,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,9 +89,16 @@ class Lossy:
 def lossy(this: Job, model: ir.Model, scheme: QuantScheme | None, prover: Prover, baseline: Path) -> Lossy:
     """Return what may be tried beside the float `model`, which lies in the file `baseline`; files go beside it."""
     found = _floats_alone(this) if scheme is None else _quantize(this, model, scheme, prover, baseline)
-    if not job.wants_float16(this) and objection(this, "fp16") is not None:
+    if not (job.wants_float16(this) or objection(this, "fp16") is None or _half_beside(this)):
         return found
     return replace(found, candidates=(*found.candidates, _half(this, model, baseline.parent)))
+
+
+def _half_beside(this: Job) -> bool:
+    """Say whether FP16 is measured beside fewer bits that were asked for: on a GPU they are often no faster."""
+    found = this.backend.schemes(this.profile)["fp16"]
+    named = this.options.precision not in ("auto", "fp32", "fp16")
+    return named and this.backend.casts and this.target is not None and isinstance(found, FloatScheme)
 
 
 def _floats_alone(this: Job) -> Lossy:
@@ -186,6 +202,13 @@ def _plain(this: Job, quantizer: Quantizer, name: str, work: Path) -> Candidate:
     """Return the candidate with everything quantized that can be; its `keep_float` is None where nothing can."""
     made = _built(this, quantizer, {}, name, name, work)
     return made if made.records[0].modified else replace(made, keep_float=None)
+
+
+def again(this: Job, c: Candidate, keep_float: Mapping[str, str]) -> Candidate:
+    """Return a quantized candidate with other nodes left in float, under the same name and in the same file."""
+    assert c.quantizer is not None
+    made = _built(this, c.quantizer, keep_float, c.name, c.precision, c.path.parent)
+    return replace(made, predicted=c.predicted, calibration_db=c.calibration_db)
 
 
 def _built(

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
-from . import closing, guard, trials
+from . import buildable, closing, guard, trials
 from .candidates import Candidate, Lossy, lossy
 from .closing import State
 from .options import Options, Saving
@@ -81,7 +81,7 @@ def _explored(
     if before is not None and base is baseline:
         return replace(before, cut=cut, low=low)
     prover = prover if base is baseline else Prover(base.model, verify=options.verify)
-    found = lossy(this, base.model, scheme, prover, base.path)
+    found = buildable.mended(this, lossy(this, base.model, scheme, prover, base.path))
     this = found.this or this
     smaller = [*(cut.tried if cut is not None else ()), *(low.tried if low is not None else ())]
     first = (baseline, *[c for c in smaller if c is base], *found.candidates)

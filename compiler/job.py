@@ -17,7 +17,7 @@ from ..backends.ort import Session
 from ..backends.targets.on_device import DeviceTarget
 from ..calib import folder
 from ..calib import preprocess as preprocessing
-from . import devices, fidelity, matching
+from . import answering, devices, fidelity
 from . import model as model_io
 from .errors import DataError, ModelError, UnavailableError, UserError
 from .metrics import load_metric
@@ -106,7 +106,7 @@ def resolve(path: Path, model: ir.Model, options: Options, progress: Progress) -
     target = targets.of(url, progress)
     try:
         assert isinstance(target, DeviceTarget)
-        profile = matching.profile_there(target, options.device)
+        profile = answering.profile_of(target, options.device)
         backend = _backend(options, profile, url, target)
         return _resolved(path, model, options, progress, deadline, profile, backend, url, target)
     except BaseException:

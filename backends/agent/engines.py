@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from . import tensorrt_build, tensorrt_engine, trtexec
 from .faults import Fault
@@ -29,14 +29,14 @@ def open_model(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Opened
     facts = built(model, job, tell)
     shapes = {name: said["shape"] for name, said in job.get("feed", {}).items()}
     tell("opening %s" % model["name"], 0, None)
-    one = None  # type: Any
+    one: Any = None
     if facts["with"] == "python":
         one = tensorrt_engine.open_engine(facts["engine"], shapes, tell)
     else:
         binary = _binary()
         one = trtexec.open_engine(facts["engine"], shapes, binary, _BLOCK)
     one.facts = {"built": facts}
-    opened = one  # type: Opened
+    opened: Opened = one
     return opened
 
 
@@ -48,7 +48,7 @@ def built(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Dict[str, A
     path, said = os.path.join(folder, key + ".engine"), os.path.join(folder, key + ".json")
     if os.path.exists(said) and os.path.exists(path):
         with open(said) as file:
-            kept = json.load(file)  # type: Dict[str, Any]
+            kept: Dict[str, Any] = json.load(file)
         return kept
     way = _way(model)
     here = tensorrt_build.identity() if way == "python" else None
@@ -103,6 +103,15 @@ def _build(model: Dict[str, Any], path: str, way: str, timings: str, tell: Tell)
     }
 
 
+def timings(job: Dict[str, Any], folder: str) -> List[str]:
+    """Put the timing cache of what was built into a job's folder; return its name there, nothing where none is."""
+    path = os.path.join(job.get("engines") or FOLDER, TIMINGS)
+    if not os.path.exists(path):
+        return []
+    shutil.copyfile(path, os.path.join(folder, TIMINGS))
+    return [TIMINGS]
+
+
 def _carried(model: Dict[str, Any], here: Optional[Dict[str, Any]]) -> Any:
     """Return True where the engine that came along can be opened here, why not, or None where none came along."""
     engine, saved = model["files"].get("engine"), model.get("options", {}).get("identity")
@@ -131,7 +140,7 @@ def _way(model: Dict[str, Any]) -> str:
 
 def _named_tensors(trt: Any) -> bool:
     """Say whether this module has named tensors, which came with 8.5; JetPack 4's 8.2 is used through trtexec."""
-    numbers = [int(part) for part in str(trt.__version__).split(".")[:2] if part.isdigit()]  # type: List[int]
+    numbers: List[int] = [int(part) for part in str(trt.__version__).split(".")[:2] if part.isdigit()]
     return tuple(numbers) >= (8, 5)
 
 
@@ -144,5 +153,6 @@ def _binary() -> str:
 
 def _key(model: Dict[str, Any]) -> str:
     """Return what tells engines of a session apart: the files, which lie in folders named by content, and options."""
-    told = json.dumps([model["files"], model.get("options", {}), model.get("build", 0)], sort_keys=True)
+    files = {role: path for role, path in model["files"].items() if role != "timings"}
+    told = json.dumps([files, model.get("options", {}), model.get("build", 0)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:20]

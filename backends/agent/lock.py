@@ -10,7 +10,7 @@ import os
 import stat
 import tempfile
 import time
-from typing import IO, Any, Dict
+from typing import IO, Any, Dict, Optional
 
 from .faults import Fault
 from .opened import Tell
@@ -25,7 +25,7 @@ class BoardLock:
 
     def __init__(self, file: str, who: str, tell: Tell, longest: float = LONGEST) -> None:
         self.path, self.who, self.tell, self.longest = file, who, tell, longest
-        self.file = None  # type: Optional[IO[str]]
+        self.file: Optional[IO[str]] = None
 
     def __enter__(self) -> "BoardLock":
         start = time.monotonic()

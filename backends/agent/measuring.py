@@ -8,7 +8,7 @@ after it, each in runs of their own: they would disturb it.
 import random
 import statistics
 import time
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from .faults import Fault
 from .opened import Opened, Tell
@@ -28,7 +28,7 @@ def measure(opened: Dict[str, Opened], job: Dict[str, Any], sensors: Sensors, te
     found = {}
     for n, (name, one) in enumerate(opened.items()):
         tell("measuring copies, throughput and power", n, len(opened))
-        entry = {"provider": one.provider, "calls": calls[name], "rounds": rounds[name]}  # type: Dict[str, Any]
+        entry: Dict[str, Any] = {"provider": one.provider, "calls": calls[name], "rounds": rounds[name]}
         entry.update(one.facts)
         if job.get("extras", True):
             entry.update(_extras(one, sensors, min(1.0, seconds / 4)))
@@ -54,8 +54,8 @@ def interleave(opened: Dict[str, Opened], seconds: float, seed: int, tell: Tell)
     """Return milliseconds of all calls, and of each round, by model; rounds are equally many for all."""
     blocks = any(one.in_blocks for one in opened.values())
     least, most = (BLOCKS, BLOCKS) if blocks else (ROUNDS, MOST)
-    calls = {name: [] for name in opened}  # type: Dict[str, List[float]]
-    rounds = {name: [] for name in opened}  # type: Dict[str, List[float]]
+    calls: Dict[str, List[float]] = {name: [] for name in opened}
+    rounds: Dict[str, List[float]] = {name: [] for name in opened}
     order, draw = list(opened), random.Random(seed)
     end, done = time.perf_counter() + seconds, 0
     while done < most and (done < least or time.perf_counter() < end):
@@ -78,7 +78,7 @@ def median_of(one: Opened, seconds: float) -> float:
 
 def _extras(one: Opened, sensors: Sensors, seconds: float) -> Dict[str, Any]:
     """Return copies, throughput and energy; None for each that this runtime, or the device, does not tell."""
-    found = {"with_copies_ms": _copies(one), "throughput": one.throughput(seconds)}  # type: Dict[str, Any]
+    found: Dict[str, Any] = {"with_copies_ms": _copies(one), "throughput": one.throughput(seconds)}
     if one.in_blocks:
         return found
     meter, runs = Meter(sensors), 0
@@ -94,7 +94,7 @@ def _extras(one: Opened, sensors: Sensors, seconds: float) -> Dict[str, Any]:
 
 
 def _copies(one: Opened) -> Any:
-    some = []  # type: List[float]
+    some: List[float] = []
     for _ in range(20):
         try:
             found = one.with_copies()

@@ -49,8 +49,8 @@ class Session(Opened):
         self._device = "cuda" if self.provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
         self.inputs = [_described(i) for i in self._session.get_inputs()]
         self.outputs = [_described(o) for o in self._session.get_outputs()]
-        self._arrays = {}  # type: Dict[str, Any]
-        self._binding = self._ort = None  # type: Any
+        self._arrays: Dict[str, Any] = {}
+        self._binding: Any = None
         self._ort = ort
 
     def feed(self, tensors: Dict[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ _TICK = 0.05
 
 def locked(path: str) -> Optional[IO[str]]:
     """Open a file and lock it; None where somebody else has it locked. The lock ends with the file, or the process."""
-    file = open(path, "a+")  # noqa: SIM115: it is the lock
+    file = open(path, "a+")  # noqa: SIM115  # it is the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -66,7 +66,7 @@ class Job:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.process = None  # type: Optional[subprocess.Popen[bytes]]
+        self.process: Optional[subprocess.Popen[bytes]] = None
         self.events, self.offset = 0, 0
 
     def start(self, spec: Dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Job:
         with open(os.path.join(self.folder, "worker.out"), "wb") as said:
             command = [sys.executable, sys.argv[0], "work", self.folder]
             own = dict(os.environ, TMPDIR=self.folder)  # what runtimes leave in there goes with the folder
-            streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}  # type: Any
+            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(command, start_new_session=True, env=own, **streams)
         with open(os.path.join(self.folder, "pid"), "w") as file:
             file.write(str(self.process.pid))
@@ -163,11 +163,12 @@ class Session:
         self.folder = folder
         self.lock = locked(os.path.join(folder, "owner.lock"))
         self.reader, self.out = frames.Reader(), bytearray()
-        self.heard, self.lost_at = time.monotonic(), None  # type: float, Optional[float]
+        self.heard = time.monotonic()
+        self.lost_at: Optional[float] = None
         self.grace, self.silence = GRACE, SILENCE
-        self.jobs = {}  # type: Dict[str, Job]
-        self.followed = None  # type: Optional[Job]
-        self.broken = {}  # type: Dict[str, Fault]
+        self.jobs: Dict[str, Job] = {}
+        self.followed: Optional[Job] = None
+        self.broken: Dict[str, Fault] = {}
         self.over = self.handed_over = False
 
     def run(self) -> None:

@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from . import engines, measuring, onnx_runtime, power, probe, tvm_module
 from .faults import Fault
 from .lock import BoardLock
 from .lock import path as lock_path
-from .opened import Opened
+from .opened import Opened, Tell
 from .serve import locked
 from .tensors import Tensor
 
@@ -26,18 +26,18 @@ from .tensors import Tensor
 _ORPHANED = 30.0
 
 #: How a model is opened, by the runtime that its entry names.
-RUNTIMES = {
+RUNTIMES: Dict[str, Callable[[Dict[str, Any], Dict[str, Any], Tell], Opened]] = {
     "onnxruntime": onnx_runtime.open_model,
     "tensorrt": engines.open_model,
     "tvm": tvm_module.open_model,
-}  # type: Dict[str, Callable[[Dict[str, Any], Dict[str, Any], Tell], Opened]]
+}
 
 
 class Events:
     """The job's events; progress is told a few times a second at most."""
 
     def __init__(self, folder: str) -> None:
-        self._file = open(os.path.join(folder, "events.jsonl"), "a")  # noqa: SIM115: open to the end
+        self._file = open(os.path.join(folder, "events.jsonl"), "a")  # noqa: SIM115  # open to the end
         self._last, self._stage = 0.0, ""
 
     def add(self, event: Dict[str, Any]) -> None:
@@ -121,7 +121,9 @@ def _measure(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]
             for one in opened.values():
                 one.close()
         after = sensors.state()
-    return {"models": entries, "before": before, "after": after, "notes": power.compare(before, after)}
+    notes = power.compare(before, after)
+    files = engines.timings(job, folder)
+    return {"models": entries, "before": before, "after": after, "notes": notes, "files": files}
 
 
 def _board(job: Dict[str, Any], events: Events) -> BoardLock:
@@ -129,7 +131,8 @@ def _board(job: Dict[str, Any], events: Events) -> BoardLock:
 
 
 def _opened(job: Dict[str, Any], events: Events) -> Any:
-    opened, entries = {}, {}  # type: Dict[str, Opened], Dict[str, Any]
+    opened: Dict[str, Opened] = {}
+    entries: Dict[str, Any] = {}
     for model in job["models"]:
         try:
             opened[model["name"]] = RUNTIMES[model["runtime"]](model, job, events.tell)
@@ -165,7 +168,7 @@ def _run(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]:
             found = one.read()
         finally:
             one.close()
-    outputs = []  # type: List[Dict[str, Any]]
+    outputs: List[Dict[str, Any]] = []
     for n, (name, tensor) in enumerate(sorted(found.items())):
         with open(os.path.join(folder, "output-%d.bin" % n), "wb") as file:
             file.write(tensor.data)
@@ -176,7 +179,8 @@ def _run(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]:
 def _build(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]:
     """Build engines only, to see whether they build; each with what it was built from, or why it was not."""
     with _board(job, events):
-        found, files = {}, []
+        found: Dict[str, Any] = {}
+        files: List[str] = []
         for model in job["models"]:
             try:
                 found[model["name"]] = facts = engines.built(model, job, events.tell)
@@ -185,7 +189,7 @@ def _build(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]:
                     files.append(model["name"])
             except Fault as fault:
                 found[model["name"]] = {"fault": fault.message()}
-    return {"models": found, "files": files}
+    return {"models": found, "files": files + engines.timings(job, folder)}
 
 
 def _feed(job: Dict[str, Any], opened: Dict[str, Opened]) -> None:
@@ -197,12 +201,12 @@ def _feed(job: Dict[str, Any], opened: Dict[str, Opened]) -> None:
         one.feed(tensors)
 
 
-KINDS = {
+KINDS: Dict[str, Callable[[Dict[str, Any], str, Events], Dict[str, Any]]] = {
     "probe": _probe,
     "measure": _measure,
     "run": _run,
     "build": _build,
-}  # type: Dict[str, Callable[[Dict[str, Any], str, Events], Dict[str, Any]]]
+}
 
 
 def main() -> int:

@@ -6,6 +6,8 @@ One measurement is one job with all that is compared, so that all of it runs int
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import platformdirs
 
 from ...compiler.errors import UnavailableError
+from ...compiler.files import write_atomic
 from ...compiler.types import Artifact, InputSpec, Measurement, OnDevice, Progress, silent
+from ..agent import engines
 from ..base import Backend, Runner, Shipped
 from . import timing
 from .device import Connect, Device, Refused, unavailable
@@ -96,12 +101,12 @@ class DeviceTarget:
         thorough = seconds >= _THOROUGH
         job = self._job("measure", sent, feed) | {"seconds": seconds, "extras": thorough, "builds": builds}
         batch = next((a.shape[0] for a in feed.values() if a.ndim), 1)
-        return measurements(self._asked(job), baseline, target=self.url, threads=threads, batch=batch)
+        return measurements(self._built(job), baseline, target=self.url, threads=threads, batch=batch)
 
     def builds(self, runners: Mapping[str, Runner], feed: Mapping[str, np.ndarray]) -> dict[str, Refused | None]:
         """Build engines there for such inputs, and return for each why it does not build, None where it does."""
         sent = {name: runner.sent for name, runner in runners.items() if isinstance(runner, Remote)}
-        found = self._asked(self._job("build", sent, feed))["models"]
+        found = self._built(self._job("build", sent, feed))["models"]
         return {name: Refused(one["fault"]) if "fault" in one else None for name, one in found.items()}
 
     def fetch(self, runner: Runner, feed: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
@@ -143,7 +148,10 @@ class DeviceTarget:
         models = []
         for name, one in sent.items():
             there = self._sent({path.name: path for path in one.files.values()} | dict(one.beside))
-            models.append(entry(name, one, feed) | {"files": {r: there[p.name] for r, p in one.files.items()}})
+            files = {role: there[path.name] for role, path in one.files.items()}
+            if one.runtime == "tensorrt" and self._timings.is_file():
+                files["timings"] = self._sent({engines.TIMINGS: self._timings})[engines.TIMINGS]
+            models.append(entry(name, one, feed) | {"files": files})
         fed = {} if kind == "build" else self._fed(feed)
         return {"kind": kind, "who": self._who, "models": models, "feed": fed}
 
@@ -158,6 +166,23 @@ class DeviceTarget:
             name: {"dtype": str(array.dtype), "shape": list(array.shape), "file": there[f"input-{n}.bin"]}
             for n, (name, array) in enumerate(feed.items())
         }
+
+    @functools.cached_property
+    def _timings(self) -> Path:
+        """Where TensorRT's timings for this device and version are kept: builds take a fraction with them."""
+        told = [self.probed.get(key) for key in ("tensorrt", "trtexec", "model", "gpus", "sm", "driver", "cuda", "l4t")]
+        name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
+        return Path(platformdirs.user_cache_dir("edgec")) / "tensorrt" / f"{name}.cache"
+
+    def _built(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Ask for what builds engines, and keep the timings that it took."""
+        with TemporaryDirectory() as work:
+            found = self._asked(job, Path(work))
+            kept = Path(work) / engines.TIMINGS
+            if kept.is_file():
+                self._timings.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self._timings, kept.read_bytes())
+        return found
 
     def _sent(self, files: Mapping[str, Path]) -> dict[str, str]:
         try:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...compiler.errors import UnavailableError, UserError
+from ...compiler.errors import UserError
 from ...compiler.types import Artifact, DeviceProfile, FloatScheme, OpSupport, QuantScheme, Refusal
 from ..base import FLOAT32, Lowering, Runner, Schemes, Shipped
 from . import shipping
