@@ -47,7 +47,7 @@ def by_name(some: Sequence[Layer]) -> Dict[str, Tuple[str, ...]]:
 
 def nodes_of_name(name: str) -> Tuple[str, ...]:
     """Return the names that a layer's name is joined from, each once, without those that TensorRT made up."""
-    found = []  # type: List[str]
+    found: List[str] = []
     plain = _FOREIGN.sub(lambda region: region.group(1).replace("...", " + ", 1), _PROFILE.sub("", name))
     for part in _JOINTS.split(plain):
         found += _parts(part.strip())
@@ -65,7 +65,7 @@ def _layer(entry: Any) -> Layer:
 
 
 def _of_metadata(text: str) -> Tuple[str, ...]:
-    found = []  # type: List[str]
+    found: List[str] = []
     for part in re.split(r"[\x1e\x1f]+", text):
         found += _METADATA.findall(part)
     return _once(found)
