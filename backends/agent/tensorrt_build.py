@@ -12,12 +12,11 @@ from . import tensorrt_log, tensorrt_progress, tensorrt_rules
 from .cudart import Cuda
 from .faults import Fault
 from .opened import Tell
-from .tensorrt_identity import identity, mismatch
+from .tensorrt_identity import identity, imported, mismatch
 from .tensorrt_rules import Plan, Version, has, member, named
 
 __all__ = ["Built", "Request", "build", "identity", "imported", "mismatch"]
 
-_INSTALL = "on a Jetson: sudo apt install python3-libnvinfer; on a desktop: python3 -m pip install tensorrt"
 #: A workspace smaller than this leaves most kernels out.
 _LEAST = 64 << 20
 _STATIC = "compile with static shapes for the DLA"
@@ -62,17 +61,6 @@ class Built(NamedTuple):
     seconds: float
     size: int
     warnings: List[str]
-
-
-def imported() -> Any:
-    """Return the device's TensorRT module. Fault where it has none."""
-    try:
-        import tensorrt
-    except Exception as error:  # a broken installation raises what it likes
-        raise Fault("the device's python3 has no TensorRT (%s)" % error, _INSTALL) from error
-    if not hasattr(tensorrt, "Builder"):
-        raise Fault("the device's TensorRT module is incomplete: it has no Builder", _INSTALL)
-    return tensorrt
 
 
 def build(request: Request, tell: Tell, trt: Any = None, cuda: Optional[Cuda] = None) -> Built:

@@ -1,6 +1,5 @@
 """What an engine is tied to, and why one that was built elsewhere, or earlier, must be built again."""
 
-import importlib
 import os
 import platform
 import re
@@ -9,6 +8,7 @@ import subprocess
 from typing import Any, Dict, Optional, Union
 
 from .cudart import Cuda
+from .faults import Fault
 
 Identity = Dict[str, Union[str, int]]
 
@@ -23,14 +23,27 @@ TIED_TO = (
     ("arch", "the processor's architecture"),
 )
 
+_INSTALL = "on a Jetson: sudo apt install python3-libnvinfer; on a desktop: python3 -m pip install tensorrt"
+
+
+def imported() -> Any:
+    """Return the device's TensorRT module. Fault where it has none."""
+    try:
+        import tensorrt
+    except Exception as error:  # a broken installation raises what it likes
+        raise Fault("the device's python3 has no TensorRT (%s)" % error, _INSTALL) from error
+    if not hasattr(tensorrt, "Builder"):
+        raise Fault("the device's TensorRT module is incomplete: it has no Builder", _INSTALL)
+    return tensorrt
+
 
 def identity(trt: Any = None, cuda: Optional[Cuda] = None, root: str = "/") -> Identity:
     """Return what engines built here are tied to; "unknown" for what the device does not tell.
 
-    `root`: where /proc and /etc are, for tests. Fault where there is no CUDA, ImportError where there is no TensorRT.
+    `root`: where /proc and /etc are, for tests. Fault where there is no CUDA or no TensorRT.
     """
     if trt is None:
-        trt = importlib.import_module("tensorrt")  # the device's own
+        trt = imported()
     cuda = Cuda() if cuda is None else cuda
     bus = cuda.bus_id().lower()
     device, driver = _board(root) or _card(root, bus), _l4t(root) or _driver(root)
