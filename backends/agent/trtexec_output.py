@@ -58,7 +58,7 @@ class Timed(NamedTuple):
 class Profile(NamedTuple):
     """So many calls, and the layers in the order in which they ran."""
 
-    count: int
+    runs: int
     layers: List[Timed]
 
 
@@ -69,7 +69,7 @@ def console(text: str) -> Console:
     """Return what a run's output says; it may end early."""
     marks = _MARK.findall(text)
     told, warnings, errors = [], [], []  # type: List[str], List[str], List[str]
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines: names hold control bytes at which it would split
         found = _LINE.match(line)
         if found:
             {"W": warnings, "E": errors, "F": errors}.get(found.group(1), told).append(found.group(2))
@@ -150,9 +150,7 @@ _LAYER = re.compile(
     r'"name"\s*:\s*"(.*?)"\s*,\s*"timeMs"\s*:\s*[^,]+,\s*"averageMs"\s*:\s*([^,\s]+)\s*,'
     r'(?:\s*"medianMs"\s*:\s*([^,\s]+)\s*,)?\s*"percentage"'
 )
-_OUTPUT = re.compile(
-    r'"name"\s*:\s*"(.*?)"\s*,\s*"dimensions"\s*:\s*"([^"]*)"\s*,\s*"values"\s*:\s*\[([^\]]*)\]\s*\}'
-)
+_OUTPUT = re.compile(r'"name"\s*:\s*"(.*?)"\s*,\s*"dimensions"\s*:\s*"([^"]*)"\s*,\s*"values"\s*:\s*\[([^\]]*)\]\s*\}')
 
 
 def profile(text: str) -> Profile:
