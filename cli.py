@@ -215,6 +215,8 @@ def compile(
         return
     terminal.render(report, _console())
     click.echo(f"\nBundle  {folder}\nReport  {folder / 'report.html'}")
+    if (folder / "recipe.json").is_file():
+        click.echo(f"There   python3 {folder.name}/edgec-device.pyz, on the device")
 
 
 @cli.command()

@@ -412,6 +412,12 @@ def _memory() -> Fact | None:
     return Fact(round(size / 2**30, 1), source="reported by the operating system")
 
 
+def of_any_version(profile: DeviceProfile) -> DeviceProfile:
+    """Return the profile without the version of TensorRT: what is carried to a device must suit whichever it has."""
+    tools = {tool: version for tool, version in profile.toolchain.items() if tool != "tensorrt"}
+    return dataclasses.replace(profile, toolchain=tools)
+
+
 #: What channels are cut by on CPUs, less than their blocks: what a cut inside a block saves, a table of times says.
 #: FastestDet with 30 % of its MACs cut one by one is 1.45 times slower than whole, in fours 1.25 times faster, in
 #: eights and sixteens no more (ONNX Runtime, AVX512).

@@ -168,11 +168,12 @@ def _write(this: Job, chosen: Candidate, baseline: Candidate, report: Report, st
     model_io.save(chosen.model, staged / bundle.MODEL)
     if this.target is None and chosen is not baseline:
         model_io.save(baseline.model, staged / bundle.BASELINE)
-    artifact = this.backend.lower(staged / bundle.MODEL, this.profile, chosen.precision)
+    profile = this.profile if this.target is not None else devices.of_any_version(this.profile)
+    artifact = this.backend.lower(staged / bundle.MODEL, profile, chosen.precision)
     if isinstance(this.target, DeviceTarget) and not this.backend.in_process:
         _bring_engine(this, artifact, staged)
     if this.target is None:
-        recipe.write(staged, artifact, this.profile, job.one_input(this))
+        recipe.write(staged, artifact, profile, job.one_input(this))
     bundle.write(staged, artifact, report, this.path)
 
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 #: Threads that a device has whose cores are not known.
 _CORES = 4
 _INSTALL = "install it there (edgec doctor --target URL shows what is), or choose another --backend"
-#: What to do with a bundle that was not measured.
-AS_SAID = "copy the bundle there and run: python3 BUNDLE/edgec-device.pyz"
 
 
 @dataclass(frozen=True)
@@ -274,7 +272,7 @@ def _target(
 ) -> tuple[Target | None, str | None]:
     """Return where to measure, or why nothing is measured. UnavailableError for what was asked and is not there."""
     if url is None:
-        return None, f"this machine is not a {profile.title}; {AS_SAID}"
+        return None, f"this machine is not a {profile.title}"
     target = reached or targets.of(url, progress, in_process=backend.in_process)
     refusal = target.refuses(backend)
     if refusal is not None and url.startswith("rpc:"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import job as jobs
+from . import recipe
 from .report import text
 from .settings import not_tried
 from .types import Attempt
@@ -48,6 +49,10 @@ def _elsewhere(job: Job) -> tuple[str, ...]:
     return (f"{here}: the device's kernels may round otherwise",) if elsewhere and not job.profile.is_local else ()
 
 
+def _does(job: Job) -> str:
+    return "measures" if job.backend.in_process else "builds the engines and measures them"
+
+
 def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Return what the reader can do next."""
     advice = []
@@ -61,5 +66,6 @@ def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:
         asked, base = text.precision(attempt.precision), text.precision(attempts[0].precision)
         advice.append(f"{asked} was asked for; {base} is {1 / m.speedup:.2f}x faster here (--precision auto takes it)")
     if job.target is None:
-        advice.append(f"on the device: edgec bench BUNDLE measures it there ({job.not_measured})")
+        advice.append(f"copy the bundle to the device and run there: {recipe.COMMAND}; it {_does(job)}")
+        advice.append("copy it back: edgec bench BUNDLE takes what was measured into the report")
     return tuple(advice)

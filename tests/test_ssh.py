@@ -45,9 +45,12 @@ def _served(tmp_path, monkeypatch, **how):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small classifier as ONNX Runtime's artifact, and an input of it."""
+    """A classifier as ONNX Runtime's artifact, and an input of it."""
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    onnx.save(classifier(), path)
+    large = classifier()
+    for dim, size in zip(large.graph.input[0].type.tensor_type.shape.dim[2:], (160, 160), strict=True):
+        dim.dim_value = size  # a call of some milliseconds: a measurement lasts as long as it is told to
+    onnx.save(large, path)
     backend = base.load("ort")
     artifact = backend.lower(path, devices.find("local"), "fp32")
     here = backend.open(artifact, 1)
@@ -389,12 +392,21 @@ def test_two_runs_at_once_take_turns_and_the_second_hears_of_the_first(server, m
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_ends_what_runs_there(server, model):
     command = [sys.executable, "-m", "edgec", "bench", str(model.path), "--target", "ssh://device", "--seconds", "60"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    _after(lambda: _processes("work", str(server.tmp)), lambda: time.sleep(1.0))
+    environment = {**os.environ, "TMPDIR": str(server.folder)}  # where its shared connection's socket is
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=environment
+    )
+    _after(lambda: _measures(server), lambda: None)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to ssh, too
     out, err = process.communicate(timeout=20)
     assert process.returncode not in (0, 1) and b"Traceback" not in err, err.decode()
     assert server.gone(3) and not _processes("work", str(server.tmp))
+
+
+def _measures(server):
+    """Say whether a job on the device has come to its measurement."""
+    events = server.tmp.glob("edgec-*/jobs/*/events.jsonl")
+    return any("measuring latency" in path.read_text() for path in events)
 
 
 def _once(said, stage, do):

@@ -44,6 +44,10 @@ def main(words: List[str]) -> int:
         result = _done(recipe, folder, work)
         if result is None:
             return 4
+        fault = result["models"][recipe["baseline"]].get("fault")
+        if fault is not None:
+            _failed(fault["what"], fault.get("fix"))
+            return 4
         kept = _keep_engine(recipe, result, folder, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
