@@ -287,7 +287,7 @@ class Engine(Opened):
         self._cuda.synchronize(self._stream)
         times = tensorrt_profile.times(self._trt)
         self._context.profiler = times
-        found = []  # type: List[List[Tuple[str, float]]]
+        found: List[List[Tuple[str, float]]] = []
         for _ in range(max(runs, 1)):
             times.reported = []
             self._plainly()
