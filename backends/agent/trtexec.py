@@ -10,12 +10,13 @@ import shutil
 import struct
 import tempfile
 import time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 from . import onnx_file, tensorrt_rules, trtexec_faults
 from .faults import Fault
 from .onnx_file import Graph
 from .opened import Opened, Tell
+from .tensorrt_build import Built, Request
 from .tensorrt_rules import Plan, Span, Version
 from .tensors import Described
 from .trtexec_engine import Beside, Engine
@@ -35,6 +36,8 @@ _FLAGS: Dict[str, Span] = {
 #: Files in the folder of a build.
 _CACHE, _SCALES = "timing.cache", "scales.cache"
 _MIB = 1 << 20
+#: MiB of workspace at least.
+_LEAST = 64
 
 
 def open_engine(path: str, request_shapes: Dict[str, List[int]], binary: str, seconds_per_block: float) -> Opened:
@@ -42,22 +45,19 @@ def open_engine(path: str, request_shapes: Dict[str, List[int]], binary: str, se
     return Engine(path, request_shapes, binary, seconds_per_block)
 
 
-def build(request: Any, tell: Tell, binary: str) -> Any:
-    """Build a tensorrt_build.Request's engine and return a tensorrt_build.Built. Fault where it does not build."""
-    from .tensorrt_build import Built
-
+def build(request: Request, tell: Tell, binary: str) -> Built:
+    """Build an engine by trtexec. Fault where it does not build, with the ONNX nodes to blame as far as it says."""
     tell("looking for the GPU", 0, None)
     there = device(binary)
     plan = _plan(request, there)
-    graph = onnx_file.read(plan.source)
-    if request.dla_core is not None:
-        _check_dla(request, graph)
+    graph, notes = onnx_file.read(plan.source), _level(request, there)
+    plan = _quantized(request, plan, graph, notes)
     part, began = request.engine + ".part", time.monotonic()
     folder = os.path.dirname(os.path.abspath(request.engine))
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
         command = build_command(binary, request, plan, graph, there, work)
         try:
-            ran, notes = _built(command, request, work, tell)
+            ran = _built(command, request, work, tell, notes)
             if ran.failed or not os.path.exists(part):
                 name = tensorrt_rules.named(there.version)
                 raise trtexec_faults.build_fault(ran.said, ran.text, ran.code, name, graph)
@@ -76,7 +76,7 @@ def build(request: Any, tell: Tell, binary: str) -> Any:
         flags=list(plan.builder_flags),
         seconds=ran.said.built_in if ran.said.built_in is not None else time.monotonic() - began,
         size=os.path.getsize(request.engine),
-        warnings=(list(plan.warnings) + notes + _level(request, there) + _warned(ran))[:20],
+        warnings=(list(plan.warnings) + notes + _warned(ran))[:20],
     )
 
 
@@ -85,7 +85,7 @@ def _warned(ran: Ran) -> List[str]:
     return [line for line in ran.said.warnings if not ("timing cache" in line.lower() and "will be generated" in line)]
 
 
-def _level(request: Any, there: Device) -> List[str]:
+def _level(request: Request, there: Device) -> List[str]:
     if request.level is None or _takes("--builderOptimizationLevel", there.version):
         return []
     return ["TensorRT %s has no optimization level: it is left out" % tensorrt_rules.named(there.version)]
@@ -94,7 +94,7 @@ def _level(request: Any, there: Device) -> List[str]:
 # --------------------------------------------------------------------------------------- command line
 
 
-def build_command(binary: str, request: Any, plan: Plan, graph: Graph, there: Device, folder: str) -> List[str]:
+def build_command(binary: str, request: Request, plan: Plan, graph: Graph, there: Device, folder: str) -> List[str]:
     """Return the arguments of a build in a folder. Fault where an open input has no shapes, or no name to be told."""
     some = there.version
     command = [
@@ -117,7 +117,7 @@ def build_command(binary: str, request: Any, plan: Plan, graph: Graph, there: De
         command.append("--builderOptimizationLevel=%d" % request.level)
     if request.dla_core is not None:
         command += ["--useDLACore=%d" % request.dla_core, "--allowGPUFallback"]
-        if request.ranges:
+        if request.precision == "int8":
             command.append("--calib=%s" % _scales(request.ranges, some, folder))
     return command
 
@@ -126,7 +126,7 @@ def _takes(flag: str, some: Version) -> bool:
     return tensorrt_rules.within(some, _FLAGS[flag])
 
 
-def _shapes(request: Any, graph: Graph) -> List[str]:
+def _shapes(request: Request, graph: Graph) -> List[str]:
     """Return flags for the inputs that have an open dimension: a wholly static file with any of them is refused."""
     found = []
     for one in graph.inputs:
@@ -145,15 +145,15 @@ def _workspace(asked: Optional[int], there: Device) -> Optional[int]:
     """Return MiB of workspace, None to leave it to TensorRT.
 
     From 8.4 on that is all of the GPU's memory, which is right where it is the GPU's alone. A Jetson shares it with
-    the CPU, and the weights, the engine and the rest of the system want theirs: half of what is free is left to
-    kernels that need scratch space. trtexec before 8.4 would leave 16 MiB, too few for most convolutions.
+    the CPU, and a kernel that is tried with most of it gets the process killed: there a quarter of all is taken, and
+    never more than half of what is free. trtexec before 8.4 would leave 16 MiB, too few for many convolutions.
     """
     if asked is not None:
         return max(1, asked // _MIB)
     free = _shared_memory()
     if free is not None:
-        return max(64, min(free, there.memory or free) // 2)
-    return None if _takes("--memPoolSize", there.version) else max(64, (there.memory or 1024) // 2)
+        return max(_LEAST, min((there.memory or free) // 4, free // 2))
+    return None if _takes("--memPoolSize", there.version) else max(_LEAST, (there.memory or 0) // 4)
 
 
 def _shared_memory(root: str = "/") -> Optional[int]:
@@ -171,30 +171,47 @@ def _shared_memory(root: str = "/") -> Optional[int]:
 # ------------------------------------------------------------------------------------------------ DLA
 
 
-def _plan(request: Any, there: Device) -> Plan:
-    if request.dla_core is None:
-        asked = (request.precision, there.capability, request.weak, request.strong, request.typing)
-        return tensorrt_rules.plan(there.version, *asked)
-    if not tensorrt_rules.has(there.version, "dla"):
-        raise Fault("TensorRT %s has no DLA that edgec can use" % tensorrt_rules.named(there.version), _NO_DLA)
-    if request.precision == "fp32" or request.weak is None:
-        raise Fault("DLA computes in FP16 or INT8, from an ONNX file in float32", _NO_DLA)
-    if request.precision == "int8" and not request.ranges:
-        raise Fault("DLA takes no Q/DQ: for INT8 it needs a scale for each tensor", "use --precision fp16 with DLA")
-    flags = ("INT8", "FP16") if request.ranges else ("FP16",)
-    return Plan("weak", request.weak, flags, ("EXPLICIT_BATCH",), ())
+def _plan(request: Request, there: Device) -> Plan:
+    core, typing = request.dla_core, request.typing
+    if core is not None:
+        typing = typing or "weak"
+        if not tensorrt_rules.has(there.version, "dla") or typing != "weak":
+            some = tensorrt_rules.named(there.version)
+            raise Fault("TensorRT %s builds no engines for the DLA here; up to 10.7 does, weakly typed" % some, _NO_DLA)
+        if request.precision not in ("fp16", "int8"):
+            raise Fault("the DLA computes in FP16 or INT8, not in %s" % request.precision, "use --precision fp16")
+        if request.precision == "int8" and not request.ranges:
+            raise Fault("INT8 on the DLA needs a range for each tensor, and none were given", "use --precision fp16")
+    asked = (request.precision, there.capability, request.weak, request.strong, typing)
+    return tensorrt_rules.plan(there.version, *asked)
 
 
-_NO_DLA = "build for the GPU instead"
+_NO_DLA = "build for the GPU"
 
 
-def _check_dla(request: Any, graph: Graph) -> None:
-    quantized = [node.name for node in graph.nodes if node.op in ("QuantizeLinear", "DequantizeLinear")]
-    if quantized:
-        raise Fault("DLA takes no Q/DQ, and the ONNX file has some", _NO_DLA, quantized)
-    moving = [name for name, three in request.shapes.items() if len({tuple(shape) for shape in three}) > 1]
-    if any(one.name in moving and -1 in one.shape for one in graph.inputs):
-        raise Fault("DLA takes static shapes only, and input %s has a span of them" % moving[0], "fix its shape")
+def _quantized(request: Request, plan: Plan, graph: Graph, notes: List[str]) -> Plan:
+    """Return the plan as the file wants it. Fault where what was asked for and what the file has do not fit.
+
+    trtexec given INT8 for a file without Q/DQ would make up ranges of its own, so the flag is left out there.
+    """
+    found = [node.name for node in graph.nodes if node.op in ("QuantizeLinear", "DequantizeLinear")]
+    wanted = request.precision in ("int8", "fp8", "int4")
+    if request.dla_core is not None:
+        if found:
+            raise Fault("the DLA takes no Q/DQ, and the ONNX file has some", "build it from a file without, and ranges")
+        moving = [name for name, three in request.shapes.items() if len({tuple(shape) for shape in three}) > 1]
+        open_ = [one.name for one in graph.inputs if -1 in one.shape and one.name in moving]
+        if open_:
+            raise Fault("the DLA needs static shapes, and the input %s has a range of them" % open_[0], "fix its shape")
+        return plan
+    if found and not wanted and plan.typing == "weak":
+        fix = "compile the model with --precision %s" % request.precision
+        raise Fault("the ONNX file is quantized, and %s was asked for" % request.precision, fix)
+    if wanted and not found:
+        notes.append("the ONNX file has no Q/DQ: built without %s" % request.precision.upper())
+        kept = tuple(flag for flag in plan.builder_flags if flag not in ("INT8", "FP8", "INT4"))
+        return plan._replace(builder_flags=kept)
+    return plan
 
 
 def _scales(ranges: Dict[str, float], some: Version, folder: str) -> str:
@@ -215,8 +232,8 @@ def _number(some: Version) -> int:
 # --------------------------------------------------------------------------------------------- running
 
 
-def _built(command: Sequence[str], request: Any, folder: str, tell: Tell) -> Tuple[Ran, List[str]]:
-    """Run a build; one that fails at the timing cache is run again without it. Return it, and what is to be noted."""
+def _built(command: Sequence[str], request: Request, folder: str, tell: Tell, notes: List[str]) -> Ran:
+    """Run a build; one that fails at the timing cache is run again without it, and that is noted."""
 
     def heard(line: str) -> None:
         for words, stage in _STAGES:
@@ -228,9 +245,10 @@ def _built(command: Sequence[str], request: Any, folder: str, tell: Tell) -> Tup
         shutil.copyfile(request.timing_cache, os.path.join(folder, _CACHE))
     ran = run(command, folder, heard)
     if not (carried and ran.failed and trtexec_faults.of_cache(ran.said)):
-        return ran, []
+        return ran
     os.remove(os.path.join(folder, _CACHE))
-    return run(command, folder, heard), ["the timing cache was not one of this device and version, and is begun anew"]
+    notes.append("the timing cache is of another device or TensorRT, or damaged: begun anew")
+    return run(command, folder, heard)
 
 
 #: What a build's lines say of how far it is. While it times kernels it says nothing.
@@ -249,7 +267,7 @@ def _keep(cache: str, path: str) -> None:
         os.replace(path + ".part", path)
 
 
-def _write_beside(request: Any, graph: Graph, some: Version) -> None:
+def _write_beside(request: Request, graph: Graph, some: Version) -> None:
     kept = Beside(
         inputs=[_in_engine(one, some) for one in graph.inputs],
         outputs=[_in_engine(one, some) for one in graph.outputs],
