@@ -323,11 +323,13 @@ def bench(model: Path, profile: bool, as_json: bool, **rest: Any) -> None:
 
     Median with its 95 % interval, p90 and p99, interleaved with the baseline where there is one.
     """
-    from .compiler import api, show
+    from .compiler import api, benching, show
 
+    shared = {name: rest[name] for name in ("device", "target", "threads")}
     with _progress() as progress:
         measured = api.bench(model, progress=progress, **rest)
-    show.bench(model, measured, _console(), threads=rest["threads"], profile=profile, as_json=as_json)
+        times = benching.operators(model, progress=progress, **shared) if profile else None
+    show.bench(measured, _console(), times=times, as_json=as_json)
 
 
 @cli.command()

@@ -147,9 +147,9 @@ class OnnxRuntime:
     def schemes(self, profile: DeviceProfile) -> Schemes:
         """By the first matching row of SCHEMES on CPUs; the CUDA provider has no integer kernels."""
         no_fp8 = "ONNX Runtime has no FP8 kernels; "
-        if profile.kind == "gpu":
+        if _on_gpu(profile):
             no_int8 = "ONNX Runtime's CUDA provider has no INT8 kernels; use TensorRT"
-            fp16 = _float16(profile, "gpu", f"{profile.title} does not compute in float16; use --precision fp32")
+            fp16 = _float16(profile, profile.kind, f"{profile.title} does not compute in float16; use --precision fp32")
             fp8 = no_fp8 + "use TensorRT, or --precision fp16"
             return {"fp32": FLOAT32, "fp16": fp16, "int8": no_int8, "fp8": fp8, "int4": INT4, "w4a8": no_int8}
         int8 = next(row for needed, row in SCHEMES if set(needed) <= set(profile.features))
@@ -165,7 +165,7 @@ class OnnxRuntime:
 
     def lower(self, model: Path, profile: DeviceProfile, precision: str) -> Artifact:
         """Return the ONNX file itself: that is what ONNX Runtime runs."""
-        gpu = ("CUDAExecutionProvider",) if profile.kind == "gpu" else ()
+        gpu = ("CUDAExecutionProvider",) if _on_gpu(profile) else ()
         return Artifact(self.name, precision, model.parent, model.name, (*gpu, "CPUExecutionProvider"))
 
     def open(self, artifact: Artifact, threads: int) -> Session:
@@ -249,6 +249,11 @@ class Session:
                 fix="check the inputs' names and shapes: edgec inspect MODEL",
             ) from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+def _on_gpu(profile: DeviceProfile) -> bool:
+    """Say whether ONNX Runtime runs on the GPU: on a card, and on a Jetson whose build of it was found to have CUDA."""
+    return profile.kind == "gpu" or "CUDAExecutionProvider" in profile.toolchain.get("onnxruntime-providers", "")
 
 
 def _inputs(session: Any) -> tuple[InputSpec, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ from .types import Artifact, DeviceProfile, Measurement, Progress
 
 if TYPE_CHECKING:
     from ..backends.base import Runner, Target
+    from ..backends.ort import OperatorTime
+
+#: ONNX Runtime's execution providers that a device is measured by, where it has them, the fastest first.
+PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def bench(
@@ -52,6 +57,21 @@ def bench(
     return [measured[name] for name in runners]
 
 
+def operators(path: Path, *, device: str, target: str, threads: int, progress: Progress) -> list[OperatorTime]:
+    """Return where the time of a call goes, on this machine or on a device; errors as of bench."""
+    if not target.startswith("ssh:"):
+        manifest = bundle.read_manifest(path) if path.is_dir() else {}
+        if not manifest or backends.load(manifest["backend"]).in_process:
+            return evaluation.operator_times(path, threads)
+    with closing(targets.of(target, progress, in_process=False)) as there:
+        assert isinstance(there, DeviceTarget)
+        manifest = bundle.read_manifest(path) if path.is_dir() else {}
+        profile = answering.profile_of(there, manifest.get("device", device) if device == "local" else device)
+        runner = next(iter(_on_device(there, path, manifest, None, profile, threads).values()))
+        assert isinstance(runner, Remote)
+        return evaluation.kernel_times(runner.profile(model_io.sample_inputs(runner.inputs, seed=0)))
+
+
 def _opened(there: Target, path: Path, against: Path | None, threads: int, device: str) -> dict[str, Runner]:
     """Return what runs in this process, or on boards: the model, and the baseline if there is one."""
     carried = path / bundle.BASELINE
@@ -79,11 +99,26 @@ def _on_device(
     if against is not None:
         return {path.name: opened(path), f"{against.name} (baseline)": opened(against)}
     if not path.is_dir():
-        return {path.name: opened(path)}
+        return _by_provider(there, path, profile, threads)
     found = recipe.compared(path, bundle.artifact_of(path, manifest), profile, threads)
     runners: dict[str, Runner] = {name: Remote(there, one) for name, one in found.models.items()}
     result = {path.name: runners.pop(recipe.RESULT)}
     return result | {f"{name} (baseline)" if name == found.baseline else name: one for name, one in runners.items()}
+
+
+def _by_provider(there: DeviceTarget, path: Path, profile: DeviceProfile, threads: int) -> dict[str, Runner]:
+    """Return an ONNX file in each execution provider that the device's ONNX Runtime has; the CPU is the last."""
+    plain = _onnx(path, profile)
+    has = (there.probed.get("onnxruntime") or {}).get("providers") or ()
+    known = [name for name in PROVIDERS if name in has]
+    if len(known) < 2:
+        return {path.name: there.open(backends.load("ort"), plain, threads)}
+    each = {name: replace(plain, providers=tuple(dict.fromkeys((name, *plain.providers[-1:])))) for name in known}
+    names = [path.name, *(f"{path.name} ({name.removesuffix('ExecutionProvider')})" for name in known[1:])]
+    return {
+        name: there.open(backends.load("ort"), artifact, threads)
+        for name, artifact in zip(names, each.values(), strict=True)
+    }
 
 
 def _onnx(path: Path, profile: DeviceProfile) -> Artifact:

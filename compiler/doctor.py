@@ -66,10 +66,10 @@ def examine(target: str = "local") -> list[Finding]:
         return list(_boards(*rpc.parsed(target)))
     there = targets.of(target)
     if isinstance(there, DeviceTarget):
-        from . import matching  # which has the words for what is found there, in findings of this module
+        from .device_findings import findings  # which are findings of this module
 
         with closing(there):
-            return matching.findings(there.probed)
+            return findings(there.probed)
     profile, cpu = local_profile(), read_cpu()
     parts: tuple[Callable[[], Iterable[Finding]], ...] = (
         lambda: _machine(profile, cpu),

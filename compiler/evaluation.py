@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,11 +161,15 @@ def operator_times(path: Path, threads: int) -> list[OperatorTime]:
     if path.is_dir():
         runner = open_any(path, threads)
         if isinstance(runner, backends.Profiled):
-            rows = runner.profile(model_io.sample_inputs(runner.inputs, seed=0))
-            total = sum(ms for _, _, ms in rows) or 1.0
-            named = [OperatorTime(node or name, 1, ms, ms / total) for name, node, ms in rows]
-            return sorted(named, key=lambda row: -row.milliseconds)
+            return kernel_times(runner.profile(model_io.sample_inputs(runner.inputs, seed=0)))
     return profile(path / bundle.MODEL if path.is_dir() else path, threads)
+
+
+def kernel_times(rows: Sequence[tuple[str, str | None, float]]) -> list[OperatorTime]:
+    """Return the kernels of a call, by the ONNX nodes that they compute where these are known, the slowest first."""
+    total = sum(ms for _, _, ms in rows) or 1.0
+    named = [OperatorTime(node or name, 1, ms, ms / total) for name, node, ms in rows]
+    return sorted(named, key=lambda row: -row.milliseconds)
 
 
 def open_there(path: Path, target: Target, threads: int) -> Runner:

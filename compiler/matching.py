@@ -60,6 +60,7 @@ def toolchain(profile: DeviceProfile, probed: Mapping[str, Any]) -> DeviceProfil
         "tensorrt": tensorrt(probed),
         "cuda": probed.get("cuda"),
         "python": probed.get("python"),
+        "onnxruntime-providers": " ".join((probed.get("onnxruntime") or {}).get("providers") or ()),
     }
     return replace(profile, toolchain={tool: str(v) for tool, v in found.items() if v}, note=named(probed))
 

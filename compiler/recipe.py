@@ -92,18 +92,17 @@ def joined(folder: Path) -> list[Measurement]:
     try:
         said = json.loads((folder / MEASUREMENT).read_text(encoding="utf-8"))
         recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        result, probed = said["result"], said["probe"]
-        hashes = said["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        there, hashes = matching.named(said["probe"]), dict(said["sha256"])
+        batch = next((one["shape"][0] for one in recipe["feed"].values() if one["shape"]), 1)
+        found = on_device.measurements(said["result"], recipe["baseline"], target=there, threads=0, batch=batch)
+        measured = [found[one["name"]] for one in recipe["models"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"damaged: {error!r}", where=where, fix=f"measure again on the device: {COMMAND}") from error
     for name, sha256 in hashes.items():
         if not (folder / name).is_file() or bundle.digest(folder / name) != sha256:
             raise DataError(f"it was measured of another {name}", where=where, fix=f"measure again: {COMMAND}")
-    batch = next((one["shape"][0] for one in recipe["feed"].values() if one["shape"]), 1)
-    there = matching.named(probed)
-    found = on_device.measurements(result, recipe["baseline"], target=there, threads=0, batch=batch)
     _into_report(folder, found, recipe["baseline"], there)
-    return [found[one["name"]] for one in recipe["models"]]
+    return measured
 
 
 def _into_report(folder: Path, found: Mapping[str, Measurement], baseline: str, there: str) -> None:

@@ -15,6 +15,8 @@ from .types import Fidelity, Inspection, Measurement, Report, Robustness
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..backends.ort import OperatorTime
+
 
 def inspect(
     found: Report | Inspection,
@@ -61,27 +63,22 @@ def quality(found: Fidelity | Robustness, console: Console) -> None:
 
 
 def bench(
-    model: Path,
     measured: Sequence[Measurement],
     console: Console,
     *,
-    threads: int,
-    profile: bool,
+    times: Sequence[OperatorTime] | None,
     as_json: bool,
 ) -> None:
-    """Show measurements, and with `profile` the time of each operator."""
-    from . import evaluation
-
-    times = evaluation.operator_times(model, threads) if profile else []
+    """Show measurements, and the time of each operator where it was asked for."""
     if as_json:
         document = {
             "measurements": [serial.to_json(m) for m in measured],
-            "operators": [serial.to_json(t) for t in times],
+            "operators": [serial.to_json(t) for t in times or ()],
         }
         console.file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
         return
     terminal.render_measurements(list(measured), console)
-    if profile:
+    if times is not None:
         terminal.render_operators(times, console)
 
 

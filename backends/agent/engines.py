@@ -55,8 +55,8 @@ def built(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Dict[str, A
     carried = _carried(model, here)
     if carried is True:
         shutil.copyfile(model["files"]["engine"], path)
-        facts = {"engine": path, "with": way, "identity": here, "seconds": 0.0, "bytes": os.path.getsize(path)}
-        facts["carried"] = True
+        facts: Dict[str, Any] = {"engine": path, "with": way, "identity": here, "carried": True}
+        facts.update(seconds=0.0, bytes=os.path.getsize(path))
     else:
         facts = _build(model, path, way, os.path.join(folder, TIMINGS), tell)
         facts.update(identity=here or {"tensorrt": facts["version"]}, rebuilt=carried)
