@@ -118,7 +118,7 @@ def build_command(binary: str, request: Request, plan: Plan, graph: Graph, there
     if request.dla_core is not None:
         command += ["--useDLACore=%d" % request.dla_core, "--allowGPUFallback"]
         if request.precision == "int8":
-            command.append("--calib=%s" % _scales(request.ranges, some, folder))
+            command.append("--calib=%s" % _scales(request.ranges or {}, some, folder))
     return command
 
 
@@ -240,9 +240,10 @@ def _built(command: Sequence[str], request: Request, folder: str, tell: Tell, no
             if words in line:
                 tell(stage, 0, None)
 
-    carried = bool(request.timing_cache) and os.path.exists(request.timing_cache)
+    old = request.timing_cache or ""
+    carried = os.path.exists(old)
     if carried:
-        shutil.copyfile(request.timing_cache, os.path.join(folder, _CACHE))
+        shutil.copyfile(old, os.path.join(folder, _CACHE))
     ran = run(command, folder, heard)
     if not (carried and ran.failed and trtexec_faults.of_cache(ran.said)):
         return ran
