@@ -231,7 +231,7 @@ def _other(profile: DeviceProfile, probed: Mapping[str, Any], why: str, found: s
 
 
 def _article(words: str) -> str:
-    return "an " if words[:1] in "AEIOaeio" else "a "
+    return "an " if words[:1] in "AEIO" or words.startswith("NVIDIA") else "a "
 
 
 def board(probed: Mapping[str, Any]) -> str | None:
