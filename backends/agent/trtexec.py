@@ -88,7 +88,7 @@ def _warned(ran: Ran) -> List[str]:
 def _level(request: Request, there: Device) -> List[str]:
     if request.level is None or _takes("--builderOptimizationLevel", there.version):
         return []
-    return ["TensorRT %s has no optimization level: it is left out" % tensorrt_rules.named(there.version)]
+    return ["TensorRT %s has no optimisation levels" % tensorrt_rules.named(there.version)]
 
 
 # --------------------------------------------------------------------------------------- command line
