@@ -113,6 +113,9 @@ class Backend(Protocol):
         `fp32` is a FloatScheme everywhere, `fp16` a FloatScheme or a reason, all others a QuantScheme or a reason.
         """
 
+    def newest_opset(self, profile: DeviceProfile) -> int | None:
+        """Return the newest opset that the backend reads for the device, None for all that onnx knows."""
+
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
         """Return what in the model the backend cannot run, before anything is built."""
 

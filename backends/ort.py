@@ -159,6 +159,10 @@ class OnnxRuntime:
         fp8 = no_fp8 + "no CPU computes in FP8; use --precision int8"
         return {"fp32": FLOAT32, "fp16": fp16, "int8": int8, "fp8": fp8, "int4": INT4, "w4a8": w4a8}
 
+    def newest_opset(self, profile: DeviceProfile) -> int | None:
+        """Return None: it reads what the installed onnx knows."""
+        return None
+
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
         """Return nothing: ONNX Runtime runs the whole standard, and says itself what it cannot when opened."""
         return ()

@@ -45,8 +45,7 @@ def mended(this: Job, found: Lossy) -> Lossy:
     """
     if not isinstance(this.target, DeviceTarget) or this.backend.in_process:
         return found
-    quantized = [c for c in found.candidates if c.quantizer is not None]
-    failing = {name: why for name, why in _failures(this, quantized).items() if why is not None}
+    failing = {name: why for name, why in _failures(this, found.candidates).items() if why is not None}
     if not failing:
         return found
     kept, told = [], []
@@ -75,7 +74,8 @@ def _failures(this: Job, some: Sequence[Candidate]) -> dict[str, Refused | None]
 
 def _without_culprits(this: Job, c: Candidate, why: Refused) -> tuple[Candidate | None, str]:
     """Return the candidate with its culprits in float, None where it does not build, and what is to be said."""
-    assert c.quantizer is not None
+    if c.quantizer is None:
+        return None, f"{c.name} was dropped: {why.what}"
     names = [row.node for row in layers.describe(c.model, {}, ()) if row.precision not in ("float32", "float16")]
     built: dict[frozenset[str], tuple[Candidate, Refused | None]] = {}
 

@@ -76,7 +76,8 @@ def _made(this: Job, original: ir.Model, staged: Path, work: Path, start: float)
     prover = Prover(original, verify=options.verify)
     scheme = job.quant_scheme(this)
     opset = None if scheme is None else needed_opset(scheme)
-    float_model, records = pipeline.run(model_io.copy(original), pipeline.exact_passes(opset), prover)
+    passes = pipeline.exact_passes(opset, this.backend.newest_opset(this.profile))
+    float_model, records = pipeline.run(model_io.copy(original), passes, prover)
     job.refuse_unsupported(this, float_model)
     baseline = save(Candidate("fp32", "fp32", work / "fp32.onnx", float_model))
     explored = exploration.tried(this, float_model, baseline, scheme, prover)
@@ -160,7 +161,14 @@ def _timed(this: Job, chosen: Candidate, rows: tuple[Layer, ...]) -> tuple[Layer
     runner = this.target.open(this.backend, lowered, this.target_threads)
     if not isinstance(runner, Profiled):
         return rows
-    times = {node: ms for _, node, ms in runner.profile(job.one_input(this)) if node is not None}
+    macs = {row.node: row.macs or 0 for row in rows}
+    times: dict[str, float] = {}
+    for _, nodes, ms in runner.profile(job.one_input(this)):
+        # a kernel that computes several is its largest layer's, with what is fused to that
+        known = [node for node in (nodes or "").split(" + ") if node in macs]
+        if known:
+            node = max(known, key=lambda name: macs[name])
+            times[node] = times.get(node, 0.0) + ms
     return tuple(replace(row, latency_ms=times.get(row.node)) for row in rows)
 
 
@@ -181,7 +189,7 @@ def _bring_engine(this: Job, artifact: Artifact, staged: Path) -> None:
     """Put the engine that was built on the device into the bundle, with what it is tied to."""
     assert isinstance(this.target, DeviceTarget)
     runner = this.target.open(this.backend, artifact, this.target_threads)
-    said = this.target.fetch(runner, job.one_input(this), staged / shipping.ENGINE)
+    said = this.target.fetch(runner, job.one_input(this), staged / shipping.ENGINE) | {"engine": shipping.ENGINE}
     (staged / shipping.SAID).write_text(json.dumps(said, indent=1), encoding="utf-8")
 
 

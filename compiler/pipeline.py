@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def exact_passes(opset: int | None = None) -> list[Pass]:
-    """Return the passes that change no number: what every compile runs. `opset` is the lowest that is needed."""
+def exact_passes(opset: int | None = None, newest: int | None = None) -> list[Pass]:
+    """Return the passes that change no number: what every compile runs.
+
+    `opset` is the lowest that is needed, `newest` the highest that the backend reads; None for any.
+    """
     raise_opset = registry.load("raise-opset")(target=opset) if opset else None  # type: ignore[call-arg]  # each pass has options of its own
-    passes = [raise_opset, registry.load("normalise")(), registry.load("fold-batch-norm")()]
+    lower = registry.load("lower-opset")(target=max(newest, opset or 0)) if newest else None  # type: ignore[call-arg]
+    passes = [raise_opset, registry.load("normalise")(), registry.load("fold-batch-norm")(), lower]
     return [p for p in passes if p is not None]
 
 

@@ -208,12 +208,14 @@ def _enough_channels(node: ir.Node, facts: Facts) -> str | None:
 def _a_matrix(node: ir.Node, facts: Facts) -> str | None:
     """Object to products with a vector, and to those with few columns (Model-Optimizer's exclusions).
 
-    With weights only in few bits, vectors are what gains most: less is read.
+    With weights only in few bits, vectors are what gains most: less is read. TensorRT packs two INT4 numbers into a
+    byte along the last axis, which must be even for that.
     """
-    if facts.scheme.activation is None:
-        return None
     shape, source = _weight_shape(node), node.inputs[0]
     assert shape is not None and source is not None
+    if facts.scheme.activation is None:
+        odd = facts.scheme.weight == "int4" and shape[-1] % 2
+        return f"the last axis of its weight, {shape[-1]}, is odd, and INT4 comes in pairs" if odd else None
     inner, columns = reversed(shape) if node.attributes.get_int("transB", 0) else shape
     rows = source.shape[-2] if source.shape is not None and len(source.shape) > 1 else None
     if rows == 1 or columns == 1:

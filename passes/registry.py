@@ -12,6 +12,7 @@ PASSES: dict[str, str] = {
     "raise-opset": "raise_opset:RaiseOpset",
     "normalise": "normalise:Normalise",
     "fold-batch-norm": "fold_batch_norm:FoldBatchNorm",
+    "lower-opset": "lower_opset:LowerOpset",
     "equalize": "equalize:Equalize",
     "absorb-high-bias": "absorb_bias:AbsorbHighBias",
     "smooth": "smooth:Smooth",

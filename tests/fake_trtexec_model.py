@@ -68,8 +68,10 @@ def build(how, version, given):
     if how.get("signal"):
         sys.stdout.flush()
         os.kill(os.getpid(), how["signal"])
-    if how.get("no_kernel"):
-        what = f"Could not find any implementation for node {how['no_kernel']}."
+    without = how.get("no_kernel") or next((name for name in how.get("no_int8", ()) if reads_few_bits(graph, name)), None)
+    if without:
+        named = without if how.get("names", True) else "{ForeignNode[...]}"
+        what = f"Could not find any implementation for node {named}."
         full = f"[optimizer.cpp::computeCosts::3728] Error Code 10: Internal Error ({what})"
         lead = "Error[10]: " if version < (8, 6) else "[TRT] 10: " if version < (10,) else "[TRT] "
         raise Failed(
@@ -90,6 +92,13 @@ def build(how, version, given):
     say("I", "Engine built in 12.5 sec.")
     say("W", "[TRT] a warning of the builder")
     return engine
+
+
+def reads_few_bits(graph, name):
+    """Say whether a node reads what is dequantized."""
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    node = next((node for node in graph.node if node.name == name), None)
+    return node is not None and any(makers.get(value) == "DequantizeLinear" for value in node.input)
 
 
 def check_flags(how, version, given):

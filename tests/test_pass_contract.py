@@ -23,6 +23,7 @@ from equivalence import assert_equivalent
 #: Pass -> the arguments with which it is tried on a model.
 OPTIONS: Mapping[str, Callable[[ir.Model], dict[str, object]]] = {
     "raise-opset": lambda model: {"target": 13},
+    "lower-opset": lambda model: {"target": 13},
     "quantize": lambda model: {
         "ranges": {name: Range(-2.0, 2.0) for name in observed_tensors(model, ort.SUPPORTS)},
         "supports": ort.SUPPORTS,

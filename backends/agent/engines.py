@@ -10,7 +10,7 @@ import os
 import shutil
 from typing import Any, Dict, List, Optional
 
-from . import tensorrt_build, tensorrt_engine, trtexec
+from . import tensorrt_build, tensorrt_engine, tensorrt_identity, tensorrt_rules, trtexec, trtexec_engine, trtexec_run
 from .faults import Fault
 from .opened import Opened, Tell
 
@@ -51,15 +51,19 @@ def built(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Dict[str, A
             kept: Dict[str, Any] = json.load(file)
         return kept
     way = _way(model)
-    here = tensorrt_build.identity() if way == "python" else None
-    carried = _carried(model, here)
+    here = _identity(way)
+    carried = _carried(model, way, here)
     if carried is True:
         shutil.copyfile(model["files"]["engine"], path)
+        if way == "trtexec":
+            trtexec_engine.Beside.of(model["options"]["carried"]["beside"]).write(path)
         facts: Dict[str, Any] = {"engine": path, "with": way, "identity": here, "carried": True}
         facts.update(seconds=0.0, bytes=os.path.getsize(path))
     else:
         facts = _build(model, path, way, os.path.join(folder, TIMINGS), tell)
-        facts.update(identity=here or {"tensorrt": facts["version"]}, rebuilt=carried)
+        facts.update(identity=here, rebuilt=carried)
+        if way == "trtexec":
+            facts["beside"] = trtexec_engine.beside(path)._asdict()
     with open(said + ".part", "w") as file:
         json.dump(facts, file)
     os.rename(said + ".part", said)
@@ -112,14 +116,23 @@ def timings(job: Dict[str, Any], folder: str) -> List[str]:
     return [TIMINGS]
 
 
-def _carried(model: Dict[str, Any], here: Optional[Dict[str, Any]]) -> Any:
+def _identity(way: str) -> Dict[str, Any]:
+    """Return what engines that are built here are tied to."""
+    if way == "python":
+        return dict(tensorrt_build.identity())
+    found = trtexec_run.device(_binary())
+    return dict(tensorrt_identity.of_gpu(tensorrt_rules.named(found.version), found.capability))
+
+
+def _carried(model: Dict[str, Any], way: str, here: Dict[str, Any]) -> Any:
     """Return True where the engine that came along can be opened here, why not, or None where none came along."""
-    engine, saved = model["files"].get("engine"), model.get("options", {}).get("identity")
-    if not engine or not saved:
+    saved = model.get("options", {}).get("carried")
+    if not model["files"].get("engine") or not saved:
         return None
-    if here is None:
-        return "trtexec does not tell whether the engine that came along fits"
-    return tensorrt_build.mismatch(saved, here) or True
+    if way == "trtexec" and "beside" not in saved:
+        return "the engine was not built by trtexec, which cannot tell what it reads"
+    compared = {key: value for key, value in saved["identity"].items() if key in here}
+    return tensorrt_build.mismatch(compared, {key: here[key] for key in compared}) or True
 
 
 def _way(model: Dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 from .cudart import Cuda
 from .faults import Fault
@@ -45,15 +45,20 @@ def identity(trt: Any = None, cuda: Optional[Cuda] = None, root: str = "/") -> I
     if trt is None:
         trt = imported()
     cuda = Cuda() if cuda is None else cuda
-    bus = cuda.bus_id().lower()
+    found = of_gpu(str(trt.__version__), cuda.capability(), cuda.bus_id().lower(), root)
+    found["cuda"] = "%d.%d" % cuda.version
+    return found
+
+
+def of_gpu(version: str, sm: Tuple[int, int], bus: str = "", root: str = "/") -> Identity:
+    """Return that of a version and a GPU that are known; `bus` tells its address where there may be several."""
     device, driver = _board(root) or _card(root, bus), _l4t(root) or _driver(root)
     told = _smi(bus) if root == "/" and not (device and driver) else {}
     return {
-        "tensorrt": str(trt.__version__),
-        "sm": "%d.%d" % cuda.capability(),
+        "tensorrt": version,
+        "sm": "%d.%d" % sm,
         "device": device or told.get("name") or "unknown",
         "driver": driver or told.get("driver") or "unknown",
-        "cuda": "%d.%d" % cuda.version,
         "os": platform.system(),
         "arch": platform.machine(),
     }
@@ -106,10 +111,11 @@ def _smi(bus: str) -> Dict[str, str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
-    command = [program, "--id=" + bus, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    command = [program] + ["--id=" + bus] * bool(bus) + ["--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    name, _, driver = done.stdout.decode("utf-8", "replace").strip().rpartition(",")
+    first = done.stdout.decode("utf-8", "replace").strip().partition("\n")[0]
+    name, _, driver = first.rpartition(",")
     return {"name": name.strip(), "driver": driver.strip()} if not done.returncode and name else {}

@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import layer_info, tensorrt_rules, tensors, trtexec_faults, trtexec_output
 from .faults import Fault
@@ -36,6 +36,17 @@ class Beside(NamedTuple):
     version: Tuple[int, ...]
     dla_core: Optional[int]
 
+    @classmethod
+    def of(cls, said: Dict[str, Any]) -> "Beside":
+        """Return it from what was written. KeyError or TypeError where that is something else."""
+        return cls(
+            inputs=[Described(*one) for one in said["inputs"]],
+            outputs=[Described(*one) for one in said["outputs"]],
+            nodes=said["nodes"],
+            version=tuple(said["version"]),
+            dla_core=said["dla_core"],
+        )
+
     def write(self, engine: str) -> None:
         """Write it beside an engine, whole or not at all."""
         with open(engine + _BESIDE + ".part", "w", encoding="utf-8") as file:
@@ -47,14 +58,7 @@ def beside(engine: str) -> Beside:
     """Return what is kept beside an engine. Fault where nothing is."""
     try:
         with open(engine + _BESIDE, encoding="utf-8") as file:
-            said = json.load(file)
-        return Beside(
-            inputs=[Described(*one) for one in said["inputs"]],
-            outputs=[Described(*one) for one in said["outputs"]],
-            nodes=said["nodes"],
-            version=tuple(said["version"]),
-            dla_core=said["dla_core"],
-        )
+            return Beside.of(json.load(file))
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "what engine %s reads and gives is not known: %s" % (os.path.basename(engine), error)
         raise Fault(what, "build it again by trtexec on this device") from None

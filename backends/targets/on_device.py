@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,7 @@ class DeviceTarget:
         thorough = seconds >= _THOROUGH
         job = self._job("measure", sent, feed) | {"seconds": seconds, "extras": thorough, "builds": builds}
         batch = next((a.shape[0] for a in feed.values() if a.ndim), 1)
+        threads = 0 if all(one.runtime == "tensorrt" for one in sent.values()) else threads  # the GPU has its own
         return measurements(self._built(job), baseline, target=self.url, threads=threads, batch=batch)
 
     def builds(self, runners: Mapping[str, Runner], feed: Mapping[str, np.ndarray]) -> dict[str, Refused | None]:
@@ -116,9 +118,11 @@ class DeviceTarget:
         """
         assert isinstance(runner, Remote)
         job = self._job("build", {path.name: runner.sent}, feed) | {"keep": True}
-        one = self._asked(job, path.parent)["models"][path.name]
-        if "fault" in one:
-            raise unavailable(Refused(one["fault"]), self.url)
+        with TemporaryDirectory() as work:
+            one = self._asked(job, Path(work))["models"][path.name]
+            if "fault" in one:
+                raise unavailable(Refused(one["fault"]), self.url)
+            shutil.copyfile(Path(work) / path.name, path)
         return dict(one)
 
     def run(self, sent: Shipped, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -245,7 +249,7 @@ def _told(measured: Measurement, one: Mapping[str, Any], notes: tuple[str, ...])
         rail=one.get("rail"),
         builds_ms=tuple(one.get("builds") or ()),
         engine=_engine(one.get("built")),
-        notes=notes,
+        notes=(*notes, *(f"{measured.name}: {line}" for line in (one.get("built") or {}).get("warnings", ())[:2])),
     )
     return replace(measured, on_device=told)
 

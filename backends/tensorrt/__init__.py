@@ -53,6 +53,8 @@ INT4 = replace(
 #: From this TensorRT on the types of the graph are kept (strong typing), which Q/DQ in float16 needs opset 19 for.
 STRONGLY_TYPED_FROM, FLOAT16_OPSET = (10, 12), 19
 _BELOW_FLOAT32 = ("fp16", "int8", "fp8", "int4", "w4a8")
+#: The newest opset that parsers before a version read (onnx-tensorrt's operators.md by release).
+OPSETS = (((8, 5), 13), ((10, 0), 17), ((10, 9), 20), ((99, 0), 21))
 #: The first TensorRT that reads FP8 and INT4 tensors from ONNX.
 FEW_BITS_FROM = 10
 
@@ -124,6 +126,12 @@ class TensorRT:
             "int4": int4 if isinstance(int4, str) else old or int4,
             "w4a8": f"TensorRT has no kernels for INT4 weights with INT8 activations; use --precision {instead}",
         }
+
+    def newest_opset(self, profile: DeviceProfile) -> int | None:
+        """Return the newest opset of the device's version; where that is open, one that most versions read."""
+        version = profile.toolchain.get("tensorrt")
+        found = (8, 5) if version is None else _numbers(version)
+        return next(opset for before, opset in OPSETS if found < before)
 
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
         """Return the operators that TensorRT's parser refuses."""

@@ -36,6 +36,6 @@ def shipped(artifact: Artifact) -> Shipped:
     engine, said = artifact.folder / ENGINE, artifact.folder / SAID
     if engine.is_file() and said.is_file():
         files["engine"] = engine
-        options["identity"] = json.loads(said.read_text(encoding="utf-8"))["identity"]
+        options["carried"] = json.loads(said.read_text(encoding="utf-8"))
     return Shipped("tensorrt", files, beside, inputs, outputs, "TensorRT", options)
 

@@ -92,6 +92,10 @@ class Tvm:
         narrow = {name: _NARROW.format(name) for name in ("fp16", "fp8", "int4", "w4a8")}
         return {"fp32": FLOAT32, "int8": INT8 if profile.kind == "cpu" or profile.sm is None else _ON_GPU, **narrow}
 
+    def newest_opset(self, profile: DeviceProfile) -> int | None:
+        """Return None: it reads what the installed onnx knows."""
+        return None
+
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
         """Return the inputs and nodes that TVM, or its importer, does not take."""
         return tuple(support.refusals(model))
