@@ -126,6 +126,17 @@ def test_temperatures_leave_out_what_is_none(tmp_path):
     assert state["limits"] == {"cpu": 99.0}
 
 
+def test_only_passive_trip_points_are_where_throttling_begins(tmp_path):
+    zone = "/sys/class/thermal/thermal_zone0"
+    files = {f"{zone}/type": "cpu-thermal", f"{zone}/temp": 40000}
+    for n, (kind, degrees) in enumerate((("active", 50000), ("critical", 95000))):
+        files |= {f"{zone}/trip_point_{n}_type": kind, f"{zone}/trip_point_{n}_temp": degrees}
+    assert sensors(tmp_path, files).state()["limits"] == {}
+    files |= {f"{zone}/trip_point_2_type": "passive", f"{zone}/trip_point_2_temp": 97000}
+    files |= {f"{zone}/trip_point_3_type": "passive", f"{zone}/trip_point_3_temp": 85000}
+    assert sensors(tmp_path, files).state()["limits"] == {"cpu": 85.0}
+
+
 def test_zones_of_one_name_are_told_apart(tmp_path):
     files = {}
     for n, value in enumerate((30000, 40000)):

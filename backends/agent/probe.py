@@ -28,6 +28,7 @@ from . import clocks, gpus, software
 from .power import Sensors, total
 from .reading import Unread, maybe, number, paths, text
 
+#: Parts of modules, not of the carrier boards that stand before them ("p3768-0000+p3767-0005").
 _PART = r"p(?:2180|2888|3310|3448|3489|3636|3668|3701|3767|3834)-\d{4}"
 
 
@@ -88,10 +89,9 @@ def _part(root: str, compatible: List[str]) -> Optional[str]:
     named = re.match(r"(\d{4}):(\d{4})", board)
     ids = ["p%s-%s" % named.groups()] if named else []
     for one in compatible + ids + [maybe(root, "/proc/device-tree/nvidia,dtsfilename") or ""]:
-        # carrier+module: the module stands behind
-        found = re.findall(_PART, one)
+        found = re.search(_PART, one)
         if found:
-            return str(found[-1])
+            return found.group()
     for path in paths(root, "/sys/bus/i2c/devices/*-0050/eeprom"):
         numbers = re.search(r"699-\d(\d{4})-(\d{4})", maybe(root, path) or "")
         if numbers:

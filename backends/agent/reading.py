@@ -8,6 +8,7 @@ import glob
 import os
 import re
 import shutil
+import signal
 import subprocess
 from typing import Dict, List, Optional, Sequence
 
@@ -70,14 +71,15 @@ def said(command: Sequence[str], patience: float = PATIENCE) -> str:
     try:
         process = subprocess.Popen(
             [program] + list(command[1:]),
-            stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/", env=environment,
+            stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, cwd="/", env=environment, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         raise Unread("%s cannot be started: %s" % (name, error.strerror or error)) from error
     try:
         out, err = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
-        process.kill()
+        # what it started holds the pipes, too
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         raise Unread("%s did not answer in %g s" % (name, patience)) from None
     output, errors = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")

@@ -155,14 +155,14 @@ def tensorrt_library(root: str) -> Optional[str]:
 
 
 def _newest(root: str, prefix: str) -> Optional[str]:
-    """Return the version in the longest and then newest file name of a shared library."""
+    """Return the newest version in the file names of a shared library."""
     found = []
     for folder in _LIBRARIES:
         for path in paths(root, "%s/%s*" % (folder, prefix)):
             version = os.path.basename(path)[len(prefix) :]
             if re.match(r"\d+(\.\d+)*$", version):
                 found.append(version)
-    return max(found, key=lambda v: (v.count(".") >= 2, [int(n) for n in v.split(".")]), default=None)
+    return max(found, key=lambda version: [int(number) for number in version.split(".")], default=None)
 
 
 def _header(root: str) -> Optional[str]:
