@@ -68,7 +68,8 @@ def build(how, version, given):
     if how.get("signal"):
         sys.stdout.flush()
         os.kill(os.getpid(), how["signal"])
-    without = how.get("no_kernel") or next((name for name in how.get("no_int8", ()) if reads_few_bits(graph, name)), None)
+    narrow = (name for name in how.get("no_int8", ()) if reads_few_bits(graph, name))
+    without = how.get("no_kernel") or next(narrow, None)
     if without:
         named = without if how.get("names", True) else "{ForeignNode[...]}"
         what = f"Could not find any implementation for node {named}."
