@@ -81,7 +81,11 @@ def _gpu(probed: _Probed) -> Iterable[Finding]:
         return
     more = (f"compute capability {sm:.1f}" if sm else None, f"driver {driver}" if driver else None)
     detail = ", ".join(filter(None, (told, *more)))
-    if probed.get("cuda_device"):
+    near = matching.alike(probed) if matching.unlisted_card(probed) else []
+    if near and probed.get("cuda_device"):
+        fix = f"it can go by one of its compute capability: --device {' or '.join(near)}"
+        yield Finding("gpu", "warning", f"{detail}: not in devices.yaml", fix=fix)
+    elif probed.get("cuda_device"):
         yield Finding("gpu", "ok", detail)
     else:
         fix = "on the device: sudo usermod -aG video $USER, then log in anew; see also nvidia-smi there"

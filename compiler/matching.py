@@ -2,7 +2,9 @@
 
 What the profile says and what the probe of backends/agent found are compared by what cannot be changed: the part in the
 device tree, the architecture, the GPU's name and compute capability, the CPU's features, the memory. A Super variant is
-its board with other clocks, and fits it, either way: engines are the same.
+its board with other clocks, and fits it, either way: engines are the same. A card that devices.yaml does not have may
+go by the profile of another one of its compute capability, which the note says: what it can compute with is the same,
+how fast is not.
 """
 
 from __future__ import annotations
@@ -62,7 +64,10 @@ def toolchain(profile: DeviceProfile, probed: Mapping[str, Any]) -> DeviceProfil
         "python": probed.get("python"),
         "onnxruntime-providers": " ".join((probed.get("onnxruntime") or {}).get("providers") or ()),
     }
-    return replace(profile, toolchain={tool: str(v) for tool, v in found.items() if v}, note=named(probed))
+    note = named(probed)
+    if profile.kind == "gpu" and unlisted_card(probed):
+        note += f"; not in devices.yaml, so it goes by {profile.title}, whose peaks are not its own"
+    return replace(profile, toolchain={tool: str(v) for tool, v in found.items() if v}, note=note)
 
 
 def device_of(probed: Mapping[str, Any]) -> str | None:
@@ -86,6 +91,18 @@ def findings(probed: Mapping[str, Any]) -> list[Finding]:
     from . import device_findings  # which takes its words for the device from here
 
     return device_findings.findings(probed)
+
+
+def unlisted_card(probed: Mapping[str, Any]) -> str | None:
+    """Return the name of the card that CUDA uses first where devices.yaml does not have it, None else."""
+    first = next((card["name"] for card in _cards(probed)), None)
+    return None if first is None or probed.get("soc") or devices.gpu_name(first) else first
+
+
+def alike(probed: Mapping[str, Any]) -> list[str]:
+    """Return the names of the cards in devices.yaml that have the compute capability of the card that is there."""
+    sm, profiles = probed.get("sm"), devices.load_profiles()
+    return [name for name, one in profiles.items() if one.kind == "gpu" and sm is not None and one.sm == sm]
 
 
 def tensorrt(probed: Mapping[str, Any]) -> str | None:
@@ -188,6 +205,11 @@ def _card(profile: DeviceProfile, probed: Mapping[str, Any]) -> Mismatch | None:
     if others:
         what = f"devices.yaml says {profile.title}, which is there, but CUDA uses {first['name']} first"
         return Mismatch(what, "set CUDA_VISIBLE_DEVICES for the user on the device, in what its login shell reads")
+    if unlisted_card(probed):
+        near = alike(probed)
+        wrong = _other(profile, probed, "")
+        fix = f"take one of its compute capability: --device {' or '.join(near)}" if near else wrong.fix
+        return None if profile.name in near else replace(wrong, fix=fix)
     return _other(profile, probed, "", devices.gpu_name(first["name"]))
 
 

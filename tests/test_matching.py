@@ -156,7 +156,7 @@ def test_local_fits_whatever_answers():
         (card("NVIDIA GeForce RTX 3060", 12288 * 2**20, 8.6), "rtx-3060-12gb", None),
         (card("NVIDIA GeForce RTX 3060", 8192 * 2**20, 8.6), "rtx-3060-12gb", "which has 8 GiB, not 12"),
         (card("NVIDIA A100-SXM4-80GB", 81920 * 2**20, 8.0), "a100-40gb", "NVIDIA A100"),
-        (card("NVIDIA GeForce RTX 4060 Ti", 8188 * 2**20), "rtx-4060", "RTX 4060 Ti"),
+        (card("NVIDIA GeForce RTX 4060 Ti", 8188 * 2**20), "rtx-3090", "RTX 4060 Ti"),
         (card("NVIDIA GeForce RTX 4090"), "rtx-3090", "this is an NVIDIA GeForce RTX 4090 (24 GB)"),
         (X86, "rtx-4090", "no NVIDIA GPU that can be seen (no nvidia-smi)"),
     ],
@@ -174,6 +174,25 @@ def test_cards_by_name_and_memory(probed, profile, words):
 def test_another_card_names_its_profile():
     wrong = matching.fits(PROFILES["rtx-3090"], card("NVIDIA GeForce RTX 4090"))
     assert wrong.fix == "--device rtx-4090"
+
+
+def test_a_card_that_is_not_listed_goes_by_one_of_its_compute_capability_and_it_is_said():
+    probed = card("NVIDIA GeForce RTX 4070", 12282 * 2**20)
+    fitting = {p.name for p in PROFILES.values() if p.kind == "gpu" and matching.fits(p, probed) is None}
+    assert fitting == {"rtx-4060", "rtx-4090", "l4"}
+    wrong = matching.fits(PROFILES["rtx-3090"], probed)
+    assert wrong.what.endswith("this is an NVIDIA GeForce RTX 4070 (12 GB)")
+    assert "--device rtx-4060" in wrong.fix
+    note = matching.toolchain(PROFILES["rtx-4060"], probed).note
+    assert "RTX 4070" in note
+    assert "not in devices.yaml, so it goes by NVIDIA GeForce RTX 4060" in note
+    listed = matching.toolchain(PROFILES["rtx-4090"], card("NVIDIA GeForce RTX 4090")).note
+    assert "not in devices.yaml" not in listed
+    line = found({**probed, "cuda_device": {**probed["gpus"][0], "cuda": "12.8"}})["gpu"]
+    assert (line.status, "not in devices.yaml" in line.detail) == ("warning", True)
+    assert "rtx-4060" in line.fix
+    unknown_sm = {k: v for k, v in probed.items() if k != "sm"}
+    assert matching.fits(PROFILES["rtx-4060"], unknown_sm) is not None
 
 
 def test_the_card_that_cuda_uses_first_decides():
