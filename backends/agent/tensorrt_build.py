@@ -106,11 +106,12 @@ class _Build:
         self._profile(builder, config, network, core is not None)
         cache = self._read_cache(config)
         monitor = self._monitor(config)
+        before = len(self.log.lines)
         plan_bytes = builder.build_serialized_network(network, config)
         if monitor is not None and monitor.raised is not None:
             raise monitor.raised
         if plan_bytes is None:
-            said, warned = tensorrt_log.errors(self.log, self.mark), tensorrt_log.warnings(self.log, self.mark)
+            said, warned = tensorrt_log.errors(self.log, before), tensorrt_log.warnings(self.log, before)
             raise tensorrt_log.build_fault(trt.__version__, said, warned, tensorrt_log.layers_of(network))
         _write(request.engine, plan_bytes)
         if cache is not None:

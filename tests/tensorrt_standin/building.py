@@ -153,7 +153,7 @@ class Builder(Bound):
             for line in why if isinstance(why, list) else [why]:
                 standin.log("ERROR", line)
             return None
-        if config._cache is not None and config.builder_optimization_level != 0:
+        if config._cache is not None and getattr(config, "builder_optimization_level", 3) != 0:
             config._cache._content["builds"] += 1
         return IHostMemory(serialized(self._trt, network, config))
 

@@ -207,7 +207,7 @@ class OnnxParser(Bound):
         except NotRead as error:
             node = reader.graph.node[error.node] if reader is not None and error.node >= 0 else None
             return self._stop(node, error.node, error.why)
-        except onnx.checker.ValidationError as error:
+        except (onnx.checker.ValidationError, OSError, ValueError) as error:
             return self._stop(None, -1, str(error))
         for line in reader.warnings:
             trt.standin.log("WARNING", line)
