@@ -133,6 +133,20 @@ def test_a_model_runs_and_is_measured_there(server, model):
 
 
 @needs_sshd
+def test_weights_outside_the_onnx_file_come_along(server, model, tmp_path):
+    (tmp_path / "parts").mkdir()
+    path = tmp_path / "outside.onnx"
+    onnx.save(
+        onnx.load(model.path), path, save_as_external_data=True, location="parts/weights.bin", size_threshold=64
+    )
+    assert (tmp_path / "parts" / "weights.bin").stat().st_size > 1000
+    target = _target()
+    found = target.open(model.backend, model.backend.lower(path, devices.find("local"), "fp32"), 1).run(model.feed)
+    assert all(np.array_equal(found[name], value) for name, value in model.expected.items())
+    target.close()
+
+
+@needs_sshd
 def test_what_is_there_is_not_sent_again(server, model):
     said = []
     target = _target(said)

@@ -17,7 +17,7 @@ import time
 from typing import Any, Dict, List, Optional
 
 from . import probe
-from .serve import Job
+from .jobs import Job
 
 RECIPE, MEASUREMENT, ENGINE = "recipe.json", "measurement.json", "model.engine"
 _TICK = 0.1

@@ -16,6 +16,8 @@ from .power import Meter, Sensors
 
 #: Rounds at least and at most, and of a runtime that times in blocks.
 ROUNDS, MOST, BLOCKS = 50, 2000, 7
+#: Clocks that are told of with every measurement.
+_CLOCKS = ("cpu", "gpu")
 #: Calls of a model that are timed kernel by kernel.
 _PROFILED = 30
 
@@ -37,6 +39,20 @@ def measure(opened: Dict[str, Opened], job: Dict[str, Any], sensors: Sensors, te
             entry["kernels"] = None if kernels is None else [[k.name, list(k.nodes), k.ms] for k in kernels]
         found[name] = entry
     return found
+
+
+def state_in_words(before: Dict[str, Any], after: Dict[str, Any]) -> str:
+    """Return the clocks and the hottest zone before and after, as far as the device tells them; else nothing."""
+    told = []
+    for name, clock in sorted(before.get("clocks", {}).items()):
+        now = after.get("clocks", {}).get(name, {}).get("current")
+        if name in _CLOCKS and clock.get("current") and now:
+            locked = ", locked" if clock.get("locked") else ""
+            told.append("%s %.0f MHz before and %.0f after%s" % (name, clock["current"], now, locked))
+    zones = [max(state["temperatures"].values()) for state in (before, after) if state.get("temperatures")]
+    if len(zones) == 2:
+        told.append("%.0f degrees Celsius before and %.0f after" % tuple(zones))
+    return "; ".join(told)
 
 
 def warm_up(opened: Dict[str, Opened], seconds: float) -> None:

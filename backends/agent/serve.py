@@ -15,41 +15,27 @@ Nothing that is written blocks: a link that stalls must not keep a new connectio
 """
 
 import errno
-import fcntl
 import hashlib
-import json
 import os
 import re
 import select
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from typing import IO, Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
-from . import frames, lock
+from . import folders, frames, lock
 from .faults import Fault
+from .folders import locked
+from .jobs import Job
 
 #: Seconds without a word after which a connection counts as broken, and for which a broken one is waited for.
 SILENCE, GRACE = 60.0, 120.0
-PREFIX = "edgec-"
 #: Bytes that a disk keeps free.
 _SPARE = 32 << 20
 _NAME = re.compile(r"[^./\\\0][^/\\\0]*")
 _TICK = 0.05
-
-
-def locked(path: str) -> Optional[IO[str]]:
-    """Open a file and lock it; None where somebody else has it locked. The lock ends with the file, or the process."""
-    file = open(path, "a+")  # noqa: SIM115  # it is the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
 
 
 def digest(path: str) -> str:
@@ -59,101 +45,6 @@ def digest(path: str) -> str:
         for part in iter(lambda: file.read(1 << 20), b""):
             found.update(part)
     return found.hexdigest()
-
-
-class Job:
-    """One job: its folder, its process, and how far its events were read."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.process: Optional[subprocess.Popen[bytes]] = None
-        self.events, self.offset = 0, 0
-
-    def start(self, spec: Dict[str, Any]) -> None:
-        """Start it in a session of its own, unless it was started before."""
-        try:
-            os.makedirs(self.folder)
-        except FileExistsError:
-            return
-        with open(os.path.join(self.folder, "job.json"), "w") as file:
-            json.dump(spec, file)
-        with open(os.path.join(self.folder, "worker.out"), "wb") as said:
-            command = [sys.executable, sys.argv[0], "work", self.folder]
-            own = dict(os.environ, TMPDIR=self.folder)  # what runtimes leave in there goes with the folder
-            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(command, start_new_session=True, env=own, **streams)
-        with open(os.path.join(self.folder, "pid"), "w") as file:
-            file.write(str(self.process.pid))
-
-    def rewind(self, events: int) -> None:
-        """Go on behind so many events."""
-        self.events, self.offset = 0, 0
-        for _ in range(events):
-            if not self._line():
-                break
-
-    def next(self) -> Optional[Dict[str, Any]]:
-        """Return the next event, if there is one."""
-        line = self._line()
-        return json.loads(line) if line else None
-
-    def _line(self) -> str:
-        try:
-            with open(os.path.join(self.folder, "events.jsonl"), "rb") as file:
-                file.seek(self.offset)
-                line = file.readline()
-        except OSError:
-            return ""
-        if not line.endswith(b"\n"):
-            return ""
-        self.offset += len(line)
-        self.events += 1
-        return line.decode("utf-8")
-
-    def alive(self) -> bool:
-        """Say whether its process still runs, also one that another session started."""
-        if self.process is not None:
-            return self.process.poll() is None
-        free = locked(os.path.join(self.folder, "worker.lock"))
-        if free is None:
-            return True
-        free.close()
-        return False
-
-    def kill(self) -> None:
-        """End it and all that it started, and wait until it is gone."""
-        try:
-            with open(os.path.join(self.folder, "pid")) as file:
-                pid = int(file.read())
-        except (OSError, ValueError):
-            return
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            if not self.alive():
-                return
-            try:
-                os.killpg(pid, sign)
-            except OSError:
-                return
-            end = time.monotonic() + 2
-            while self.alive() and time.monotonic() < end:
-                time.sleep(_TICK)
-
-    def obituary(self) -> Dict[str, Any]:
-        """Return the event that stands for the end of a process that gave none."""
-        code = None if self.process is None else self.process.returncode
-        try:
-            with open(os.path.join(self.folder, "worker.out"), "rb") as file:
-                said = file.read()[-4000:].decode("utf-8", "replace").strip().splitlines()[-6:]
-        except OSError:
-            said = []
-        how = "it ended without a word"
-        if code is not None and code < 0:
-            how = "it was ended by signal %d (%s)" % (-code, signal.Signals(-code).name)
-            if -code == signal.SIGKILL:
-                how += ", as a device that runs out of memory does"
-        elif code is not None:
-            how = "it ended with exit code %d" % code
-        return {"event": "crash", "what": how, "said": said}
 
 
 class Session:
@@ -262,7 +153,7 @@ class Session:
     def do_hello(self, message: Dict[str, Any], body: bytes) -> Dict[str, Any]:
         """Say who is there, and take over the folder of this token where there is one."""
         self.grace, self.silence = float(message.get("grace", GRACE)), float(message.get("silence", SILENCE))
-        before = _of_token(message["token"], self.folder)
+        before = folders.of_token(message["token"], self.folder)
         if before is not None:
             self._take_over(before)
         else:
@@ -270,7 +161,7 @@ class Session:
                 file.write(message["token"])
         self.out += b"\n"  # behind a banner that did not end its line
         self._say({"is": "hello", "token": message["token"], "resumed": before is not None, "python": sys.version})
-        sweep()
+        folders.sweep()
         return {"is": "ready"}
 
     def _take_over(self, other: str) -> None:
@@ -387,40 +278,6 @@ def _checked(name: str) -> str:
     if not _NAME.fullmatch(name) or name.endswith(".part"):
         raise Fault("%r is no name that files may have here" % name)
     return name
-
-
-def _folders() -> List[str]:
-    """Return the folders of this user's sessions."""
-    root = tempfile.gettempdir()
-    paths = [os.path.join(root, name) for name in os.listdir(root) if name.startswith(PREFIX)]
-    return [p for p in paths if os.path.isdir(p) and not os.path.islink(p) and os.stat(p).st_uid == os.getuid()]
-
-
-def _of_token(token: str, but: str) -> Optional[str]:
-    for folder in _folders():
-        try:
-            with open(os.path.join(folder, "token")) as file:
-                if file.read() == token and folder != but:
-                    return folder
-        except OSError:
-            continue
-    return None
-
-
-def sweep() -> None:
-    """Remove folders whose owners are dead: what a power cut, or a kill -9 of the whole session, left."""
-    for folder in _folders():
-        owner = os.path.join(folder, "owner.lock")
-        if not os.path.exists(owner):
-            continue
-        held = locked(owner)
-        if held is None:
-            continue
-        jobs = os.path.join(folder, "jobs")
-        for name in os.listdir(jobs) if os.path.isdir(jobs) else []:
-            Job(os.path.join(jobs, name)).kill()
-        shutil.rmtree(folder, ignore_errors=True)
-        held.close()
 
 
 def serve(folder: str) -> int:

@@ -16,10 +16,10 @@ from typing import Any, Callable, Dict, List, Optional
 
 from . import engines, measuring, onnx_runtime, power, probe, tvm_module
 from .faults import Fault
+from .folders import locked
 from .lock import BoardLock
 from .lock import path as lock_path
 from .opened import Opened, Tell
-from .serve import locked
 from .tensors import Tensor
 
 #: Seconds without an owner after which a job ends by itself and takes its session's folder with it.
@@ -121,8 +121,9 @@ def _measure(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]
             for one in opened.values():
                 one.close()
         after = sensors.state()
-    notes = power.compare(before, after)
+    notes = [measuring.state_in_words(before, after)] + power.compare(before, after)
     files = engines.timings(job, folder)
+    notes = [note for note in notes if note]
     return {"models": entries, "before": before, "after": after, "notes": notes, "files": files}
 
 
