@@ -61,8 +61,8 @@ def make(folder, version, **how):
     """Write a trtexec of a version into a folder and return its path.
 
     `sm` (8.7), `device`, `memory` (MiB), `dla` cores; `ms` a call. What goes wrong: `no_gpu`, `parse` (a node's name at
-    which the parser stops), `no_kernel` (a layer's name as the log has it), `no_int8` (layers without a kernel once they are quantized; with
-    `names` False the log does not say which), `no_capture`, `signal`, `stale_cache`.
+    which the parser stops), `no_kernel` (a layer's name as the log has it), `no_int8` (names of nodes that have no
+    kernel once they are quantized; with `names` False the log does not say which), `no_capture`, `signal`.
     """
     os.makedirs(str(folder), exist_ok=True)
     path = os.path.join(str(folder), "trtexec")
