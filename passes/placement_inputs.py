@@ -7,9 +7,10 @@ fuses DequantizeLinear -> layer -> (normalisation, activation, residual Add) -> 
 2. A residual Add reads its *skip* branch dequantized, and the other one, which comes out of a layer through nothing but
    what fuses with it, bare. If both do, the layer at the end of the longer path from where the branches part computes
    the residual, and the shorter path is the skip (a projection shortcut). If none does, the Add is left alone.
-3. A pool, or a Resize behind a layer, reads its input dequantized.
+3. A pool, or a Resize behind a layer, reads its input dequantized, whoever else reads that.
 4. 2 and 3 hold only where a quantized layer reads the result, and never for what the graph hands out.
-5. What is joined by a Concat whose result is quantized shares one scale with it, that of the union of the ranges.
+5. What is joined by a Concat whose result is quantized shares one scale with it, that of the union of the ranges; what
+   has a pair anyway, the Concat reads through it.
 
 Rules 2 to 5 follow the explicit-quantization guide of TensorRT and NVIDIA's Model-Optimizer. Different from the latter,
 a skip that comes straight out of a layer counts as a skip if others read it too: it has its Q/DQ already.
@@ -56,6 +57,9 @@ def in_front(
         union = [placement.ranges[value] for value in group]
         whole = Range(min(r.min for r in union), max(r.max for r in union))
         placement.ranges.update(dict.fromkeys(group, whole))
+        for node in concats:
+            if group & _through_copies(node.outputs[0], placement, forward=True):
+                placement.reads.update((node, i) for i, value in enumerate(node.inputs) if value in group)
     yield from ()
 
 
@@ -67,7 +71,7 @@ def _input_worth_it(node: ir.Node, placement: Placement) -> int | None:
     if node.op_type == "Add":
         return _skip_branch(node, placement)
     if node.op_type == "Resize":
-        return 0 if _layer_behind(node.inputs[0], placement) is not None else None
+        return 0 if _layer_behind(node.inputs[0], placement, alone=False) is not None else None
     return 0
 
 
@@ -98,10 +102,15 @@ def _skip_branch(add: ir.Node, placement: Placement) -> int | None:
     return 1 if _longer(add.inputs[0], add.inputs[1]) else 0
 
 
-def _layer_behind(value: ir.Value | None, placement: Placement) -> ir.Node | None:
-    """Return the quantized layer from which the value comes through nothing but what fuses with it, read once."""
+def _layer_behind(value: ir.Value | None, placement: Placement, *, alone: bool = True) -> ir.Node | None:
+    """Return the quantized layer from which the value comes through nothing but what fuses with it.
+
+    With `alone`, nothing else reads what lies between, so that a reader of the value can fuse with the layer too.
+    """
     readers = 1
-    while value is not None and len({use.node for use in value.uses()}) <= readers and not value.is_graph_output():
+    while value is not None:
+        if alone and (value.is_graph_output() or len({use.node for use in value.uses()}) > readers):
+            return None
         node = value.producer()
         if node is None or placement.nodes.get(node) in ("linear", "product"):
             return node

@@ -387,6 +387,38 @@ def test_upsampling_behind_a_layer_reads_integers():
     check("a = Conv(x~, w1~)\nr = Relu(a)\nu = Resize(r~, scales)\ny = Conv(u~, w2~)", text, TRT)
 
 
+@pytest.mark.parametrize("second", ["z = Conv (r, w2)", "z = Relu (r)"])
+def test_upsampling_reads_integers_whoever_else_reads_what_it_reads(second):
+    """The neck of a detector: what is upsampled is also joined, or convolved, further down; or it is an output."""
+    text = f"""g (float[N,16,6,6] x) => (float[N,16,12,12] y, float[N,16,6,6] z)
+    <float[16,16,1,1] w1, float[16,16,1,1] w2, float[16,16,1,1] w3, float[4] scales = {{1, 1, 2, 2}}> {{
+        a = Conv (x, w1)
+        r = Relu (a)
+        {second}
+        u = Resize <mode = "nearest"> (r, , scales)
+        y = Conv (u, w3) }}"""
+    model, _ = quantized(text, TRT)
+    assert "u = Resize(r~, scales)" in sketch(model) and lint(model) == ()
+
+
+def test_a_concat_reads_the_pairs_that_are_there():
+    """Through data movement, too; what has no pair of its own is joined as it is, and rounded behind."""
+    text = """g (float[2,16,6,6] x) => (float[2,16,6,6] y, float[2,16,6,6] z)
+    <float[16,16,1,1] w1, float[16,16,1,1] w2, float[16,32,1,1] w3, float[16,16,1,1] w4, int64[4] s = {2, 32, 6, 6}> {
+        a = Conv (x, w1)
+        b = Conv (x, w2)
+        c = Concat <axis = 1> (a, b)
+        r = Reshape (c, s)
+        y = Conv (r, w3)
+        z = Conv (a, w4) }"""
+    model, _ = quantized(text, TRT, ranges={"a": Range(-1.0, 2.0), "r": Range(-3.0, 1.9)})
+    assert {"c = Concat(a~, b)", "y = Conv(r~, w3~)", "z = Conv(a~, w4~)"} <= set(sketch(model).split("\n"))
+    scales = {n.inputs[0].name: float(n.inputs[1].const_value.numpy())
+              for n in model.graph if n.op_type == "QuantizeLinear" and n.inputs[1].const_value.size == 1}  # fmt: skip
+    assert scales["a"] == scales["r"] == np.float32(3 / 127)
+    assert lint(model) == ()
+
+
 @pytest.mark.parametrize(
     ("shape", "group", "first", "taken"),
     [

@@ -89,7 +89,7 @@ def test_schemes_are_shared_by_the_devices():
         ("resnet-b", 9, {"Add": 3, "GlobalAveragePool": 1}),
         ("resnet-10-classes", 7, {"Add": 2}),
         ("mobilenet-v2", 8, {"Add": 1, "GlobalAveragePool": 1}),
-        ("yolo", 15, {"Add": 1}),
+        ("yolo", 15, {"Add": 1, "Resize": 1}),
         ("unet", 8, {"Resize": 1}),
         ("mlp", 3, {}),
     ],
