@@ -400,3 +400,16 @@ def test_the_order_of_letting_go(tmp_path, order):
     for name in order.split():
         delattr(one, name)
     assert bool(one.trt.standin.violations) == (order != "context engine runtime")
+
+
+def test_what_a_parser_and_a_builder_hand_out_is_of_the_version(tmp_path):
+    trt = make("8.5.2")
+    saved(tmp_path, model())
+    _, network, _, _, _ = network_of(trt, tmp_path / "m.onnx", "EXPLICIT_BATCH")
+    assert not hasattr(network.get_layer(0), "metadata")
+    assert isinstance(network.get_input(0), trt.ITensor)
+    _, _, parser, _, _ = network_of(trt, tmp_path / "none.onnx", "EXPLICIT_BATCH")
+    assert not hasattr(parser.get_error(0), "node_name")
+    trt = make("11.1.0")
+    _, network, _, _, _ = network_of(trt, tmp_path / "m.onnx")
+    assert not hasattr(network.get_input(0), "set_dynamic_range")

@@ -53,7 +53,7 @@ class Standin:
         self.trt, self.version, self.options = trt, version, options
         cuda = tables.CUDA[version[:2]]
         self.libcudart = LibCudart(cuda, options.sm, options.total, options.integrated, options.capture_fails)
-        self.violations, self.seen, self.runs = [], {}, 0
+        self.violations, self.seen, self.runs, self.steps = [], {}, 0, 0
         self.config, self.network_flags, self._loggers, self._said = None, [], [], []
 
     def device(self):

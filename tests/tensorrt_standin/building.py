@@ -242,6 +242,7 @@ class Builder(Bound):
         monitor.phase_start("Tactic Selection", "Building Engine", options.steps)
         for step in range(options.steps):
             time.sleep(options.step_seconds)
+            self._trt.standin.steps += 1
             if not monitor.step_complete("Tactic Selection", step):
                 return "the build was cancelled by the progress monitor"
         monitor.phase_finish("Tactic Selection")

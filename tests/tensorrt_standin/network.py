@@ -116,7 +116,7 @@ class INetworkDefinition(Bound):
             if kind == "INT64" and self._trt.standin.version < (9, 0):
                 kind = "INT32"
             dims = [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim]
-            return ITensor(self._trt, value.name, dims, kind, is_shape)
+            return self._trt.ITensor(self._trt, value.name, dims, kind, is_shape)
 
         for value in reader.graph.input:
             if value.name not in constants:
@@ -124,8 +124,8 @@ class INetworkDefinition(Bound):
         self._outputs += [tensor(value) for value in reader.graph.output]
         made.update({t.name: t for t in (*self._inputs, *self._outputs)})
         for node in reader.graph.node:
-            outputs = [made.setdefault(n, ITensor(self._trt, n, (), "FLOAT")) for n in node.output if n]
-            self._layers.append(ILayer(self._trt, node, outputs))
+            outputs = [made.setdefault(n, self._trt.ITensor(self._trt, n, (), "FLOAT")) for n in node.output if n]
+            self._layers.append(self._trt.ILayer(self._trt, node, outputs))
 
 
 class ParserError(Bound):
@@ -221,7 +221,7 @@ class OnnxParser(Bound):
                 raise NotRead(index, "Assertion failed: this node was to fail")
 
     def _stop(self, node, index, why):
-        self._errors.append(ParserError(node, index, why))
+        self._errors.append(self._trt.ParserError(node, index, why))
         say = self._trt.standin.log
         if node is None:
             say("ERROR", f"ModelImporter.cpp:1: {why}")
