@@ -108,7 +108,7 @@ def _made(this: Job, original: ir.Model, staged: Path, work: Path, start: float)
         calibration=found.calibration,
         preprocess=this.preprocess,
         warnings=(*filter(None, [found.why_not]), *not_rivals, *wording.warnings(this, chosen.precision)),
-        advice=wording.advice(explored.this, attempts),
+        advice=(*wording.advice(explored.this, attempts), *wording.beside(state.measured, attempt.measurement)),
         versions=_versions(this.backend.name),
         machine=devices.local_profile().title,
         seconds=time.perf_counter() - start,

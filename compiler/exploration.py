@@ -106,8 +106,11 @@ def _led(this: Job, candidates: tuple[Candidate, ...], judged: Mapping[str, Fide
     """
     half = next((c for c in candidates if c.precision == "fp16"), None)
     cut = any(request is not None for request in (this.options.prune, this.options.low_rank))
-    if half is None or cut or this.target is None or this.options.precision not in HALF_FIRST or not this.backend.casts:
+    asked = this.options.precision
+    if half is None or cut or this.target is None or asked not in HALF_FIRST or not this.backend.casts:
         return candidates
+    if asked != "auto" and all(c.precision != asked for c in candidates):
+        return candidates  # what was asked for cannot be had, and FP16 was not asked for
     found = judged.get(half.name)
     if found is not None and found.drop is not None and not found.drop <= this.options.budget.max_drop:
         return candidates

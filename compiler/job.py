@@ -17,7 +17,7 @@ from ..backends.ort import Session
 from ..backends.targets.on_device import DeviceTarget
 from ..calib import folder
 from ..calib import preprocess as preprocessing
-from . import answering, devices, fidelity
+from . import answering, devices, fidelity, matching
 from . import model as model_io
 from .errors import DataError, ModelError, UnavailableError, UserError
 from .metrics import load_metric
@@ -129,6 +129,8 @@ def _resolved(
     metric = load_metric(options.metric) if options.metric else None
     threads = options.threads or devices.usable_cores()
     target, why = _target(url, profile, backend, progress, reached)
+    if isinstance(target, DeviceTarget) and reached is None:
+        profile = matching.toolchain(profile, target.probed)
     there = _target_threads(options, profile, target)
     how = Lowering(options.tune, there, options.seed, progress, options.fixed_point, target)
     backend = backend.prepared(how)

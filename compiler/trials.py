@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 from ..backends import base as backends
 from ..backends.ort import Session
 from ..backends.targets.local import LocalTarget
+from ..backends.targets.on_device import DeviceTarget
 from . import fidelity, job
 from . import model as model_io
 from .candidates import Candidate
 from .types import Attempt, Fidelity, Measurement
 
 if TYPE_CHECKING:
-    from ..backends.base import Runner
+    from ..backends.base import Backend, Runner
     from .job import Job
 
+#: What the original in ONNX Runtime's CUDA provider is called, where it is measured beside TensorRT.
+IN_CUDA = "original in ONNX Runtime, CUDA"
 #: How long the final comparison of latencies takes, and one on the way to it.
 SECONDS, BRIEF = 4.0, 1.5
 
@@ -39,6 +42,7 @@ def measure(this: Job, candidates: Sequence[Candidate], *, seconds: float = SECO
     for c in candidates:
         artifact = this.backend.lower(c.path, this.profile, c.precision)
         runners[c.name] = this.target.open(this.backend, artifact, this.target_threads)
+    runners |= _beside(this, home)
     return missing | this.target.measure(
         runners,
         job.one_input(this),
@@ -47,6 +51,17 @@ def measure(this: Job, candidates: Sequence[Candidate], *, seconds: float = SECO
         seconds=seconds,
         progress=this.progress,
     )
+
+
+def _beside(this: Job, home: Backend) -> dict[str, Runner]:
+    """Return the original in ONNX Runtime's CUDA provider, where TensorRT runs and the device has that, too."""
+    if not isinstance(this.target, DeviceTarget) or home.name != "tensorrt":
+        return {}
+    if "CUDAExecutionProvider" not in this.profile.toolchain.get("onnxruntime-providers", ""):
+        return {}
+    runtime = backends.load("ort")
+    artifact = runtime.lower(this.path, this.profile, "fp32")
+    return {IN_CUDA: this.target.open(runtime, artifact, this.target_threads)}
 
 
 def judge(this: Job, candidates: Sequence[Candidate], *, as_built: bool = False) -> dict[str, Fidelity]:

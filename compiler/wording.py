@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import job as jobs
-from . import recipe
+from . import recipe, trials
 from .report import text
 from .settings import not_tried
-from .types import Attempt
+from .types import Attempt, Measurement
 
 if TYPE_CHECKING:
     from .job import Job
@@ -69,3 +69,15 @@ def advice(job: Job, attempts: Sequence[Attempt]) -> tuple[str, ...]:
         advice.append(f"copy the bundle to the device and run there: {recipe.COMMAND}; it {_does(job)}")
         advice.append("copy it back: edgec bench BUNDLE takes what was measured into the report")
     return tuple(advice)
+
+
+def beside(measured: Mapping[str, Measurement], result: Measurement) -> tuple[str, ...]:
+    """Return what ONNX Runtime's CUDA provider takes for the original, where it was measured beside TensorRT."""
+    other = measured.get(trials.IN_CUDA)
+    if other is None:
+        return ()
+    if other.median_ms is None or result.median_ms is None:
+        return (f"ONNX Runtime's CUDA provider was not measured: {other.reason}",) if other.reason else ()
+    ratio = text.ratio(other.median_ms / result.median_ms)
+    took = f"the original in ONNX Runtime's CUDA provider takes {text.ms(other.median_ms)}"
+    return (f"{took}, {ratio} the result's time",)

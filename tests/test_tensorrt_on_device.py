@@ -1,10 +1,11 @@
 """compile and bench with TensorRT on a device: over SSH, by a trtexec that is none but as strict as one of its version.
 
-No engine computes anything here: what is tested is that the right files are built by the right flags, that what is built
-comes back, and what happens where something fails.
+No engine computes anything here: what is tested is that the right files are built by the right flags, that what is
+built comes back, and what happens where something fails.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,36 @@ def test_a_trtexec_that_crashes_is_a_sentence(device, tiny, tmp_path):
     there = device((8, 6, 2), signal=11)
     done = _compile(there, tiny, tmp_path / "out")
     assert done.returncode == 4 and "Traceback" not in done.stderr and "ended by signal 11" in done.stderr
+
+
+def test_a_desktop_is_the_same_without_ssh(tiny, tmp_path, edgec):
+    board_trees.smi(_made(tmp_path / "bin"), board_trees.CARD, "")
+    fake_trtexec.make(tmp_path / "bin", (11, 1, 0), sm=8.9, device="NVIDIA GeForce RTX 4090", memory=24564)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "TMPDIR": str(_made(tmp_path / "tmp"))}
+    out = tmp_path / "out"
+    done = edgec(
+        "compile", tiny / "model.onnx", "-o", out, "--device", "rtx-4090", "--calib", tiny / "images", "--json",
+        "--precision", "int8", "--max-drop", "50%", env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["target"] == "local" and report["backend"] == "tensorrt" and report["precision"] == "int8"
+    assert report["device"]["toolchain"]["cuda"] and (out / "model.engine").is_file()
+    code = (
+        "import sys, edgec, numpy; bundle = edgec.open_bundle(sys.argv[1]);"
+        "print(bundle.run({'image': numpy.zeros((1, 3, 16, 16), 'float32')})['logits'].shape)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, out], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert ran.stdout.strip() == "(1, 4)", ran.stderr
+    left = [p.name for p in (tmp_path / "tmp").iterdir() if p.suffix != ".lock"]
+    assert not left, left
+
+
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def test_a_carried_bundle_builds_and_measures_itself(device, tiny, tmp_path, edgec, monkeypatch):

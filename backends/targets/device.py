@@ -7,6 +7,7 @@ that is half there is sent from where it ended. None is used before its hash is 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -92,6 +93,7 @@ class Device:
 
     def close(self) -> None:
         """End the session: what was made on the device is removed."""
+        atexit.unregister(self.close)
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -143,6 +145,8 @@ class Device:
                 pause = min(pause * 2, 8.0)
 
     def _opened(self, again: bool) -> Link:
+        if not again:
+            atexit.register(self.close)  # however this process ends, as long as it can say good-bye
         return self.connect(self.token, again, {"grace": self.grace, "silence": SILENCE})
 
     # ------------------------------------------------------------------------------------- what is asked
