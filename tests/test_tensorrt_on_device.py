@@ -137,7 +137,7 @@ def test_a_desktop_is_the_same_without_ssh(tiny, tmp_path, edgec):
         [sys.executable, "-c", code, out], capture_output=True, text=True, env={**os.environ, **environment}
     )
     assert ran.stdout.strip() == "(1, 4)", ran.stderr
-    left = [p.name for p in (tmp_path / "tmp").iterdir() if p.suffix != ".lock"]
+    left = [p.name for p in (tmp_path / "tmp").glob("edgec-*") if p.suffix != ".lock"]
     assert not left, left
 
 
