@@ -2,6 +2,8 @@
 
 import array
 import struct
+import sys
+import types
 
 import onnx
 import pytest
@@ -285,3 +287,21 @@ def test_int4_weights_and_fp8_run_too(tmp_path):
         bench.engine.feed({"x": floats(*shape)})
         bench.engine.call()
         bench.leave()
+
+
+def test_the_dla_is_chosen_before_the_engine_is_read(tmp_path):
+    bench = Bench(tmp_path, "8.6.2", dla_cores=2)
+    bench.leave()
+    path = str(tmp_path / "m.engine")
+    bench.engine = tensorrt_engine.open_engine(path, {"x": [1, 3, 8, 8]}, silent, bench.trt, bench.cuda, dla_core=1)
+    assert bench.engine._runtime.DLA_core == 1
+    bench.leave()
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_device_without_tensorrt_is_told_how_to_get_it(tmp_path, monkeypatch, broken):
+    # None: import raises; an empty module: a wheel whose libraries are missing
+    monkeypatch.setitem(sys.modules, "tensorrt", None if broken else types.ModuleType("tensorrt"))
+    with pytest.raises(Fault, match="no TensorRT" if broken else "incomplete") as caught:
+        tensorrt_engine.open_engine("m.engine", {}, silent)
+    assert "install" in caught.value.fix
