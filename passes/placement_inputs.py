@@ -7,7 +7,7 @@ fuses DequantizeLinear -> layer -> (normalisation, activation, residual Add) -> 
 2. A residual Add reads its *skip* branch dequantized, and the other one, which comes out of a layer through nothing but
    what fuses with it, bare. If both do, the layer at the end of the longer path from where the branches part computes
    the residual, and the shorter path is the skip (a projection shortcut). If none does, the Add is left alone.
-3. A pool, or a Resize behind a layer, reads its input dequantized, whoever else reads that.
+3. A pool, or a Resize behind a layer (through data movement too), reads its input dequantized, whoever else reads it.
 4. 2 and 3 hold only where a quantized layer reads the result, and never for what the graph hands out.
 5. What is joined by a Concat whose result is quantized shares one scale with it, that of the union of the ranges; what
    has a pair anyway, the Concat reads through it.
@@ -71,7 +71,7 @@ def _input_worth_it(node: ir.Node, placement: Placement) -> int | None:
     if node.op_type == "Add":
         return _skip_branch(node, placement)
     if node.op_type == "Resize":
-        return 0 if _layer_behind(node.inputs[0], placement, alone=False) is not None else None
+        return 0 if _from_a_layer(node.inputs[0], placement) else None
     return 0
 
 
@@ -89,6 +89,22 @@ def _read_on_integers(value: ir.Value, placement: Placement) -> bool:
     return False
 
 
+def _from_a_layer(value: ir.Value | None, placement: Placement) -> bool:
+    """Say whether a quantized layer gives the value, or part of it, through data movement and fused activations."""
+    seen, todo = set(), [value]
+    while todo:
+        value = todo.pop()
+        node = value.producer() if value is not None else None
+        if node is None or node in seen:
+            continue
+        if placement.nodes.get(node) in ("linear", "product"):
+            return True
+        seen.add(node)
+        if node.op_type in (*_COPIES, *_FUSIBLE) or _is_silu(node):
+            todo += node.inputs
+    return False
+
+
 # ------------------------------------------------------------------------------------------ residual Adds
 
 
@@ -102,15 +118,10 @@ def _skip_branch(add: ir.Node, placement: Placement) -> int | None:
     return 1 if _longer(add.inputs[0], add.inputs[1]) else 0
 
 
-def _layer_behind(value: ir.Value | None, placement: Placement, *, alone: bool = True) -> ir.Node | None:
-    """Return the quantized layer from which the value comes through nothing but what fuses with it.
-
-    With `alone`, nothing else reads what lies between, so that a reader of the value can fuse with the layer too.
-    """
+def _layer_behind(value: ir.Value | None, placement: Placement) -> ir.Node | None:
+    """Return the quantized layer from which the value comes through nothing but what fuses with it, read once."""
     readers = 1
-    while value is not None:
-        if alone and (value.is_graph_output() or len({use.node for use in value.uses()}) > readers):
-            return None
+    while value is not None and len({use.node for use in value.uses()}) <= readers and not value.is_graph_output():
         node = value.producer()
         if node is None or placement.nodes.get(node) in ("linear", "product"):
             return node

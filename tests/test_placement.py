@@ -401,6 +401,22 @@ def test_upsampling_reads_integers_whoever_else_reads_what_it_reads(second):
     assert "u = Resize(r~, scales)" in sketch(model) and lint(model) == ()
 
 
+def test_upsampling_behind_data_movement_reads_integers():
+    """A Concat of what layers give, as at the end of a ShuffleNet stage; not what comes from an input or an Exp."""
+    text = """g (float[N,16,6,6] x) => (float[N,16,12,12] y, float[N,16,12,12] z)
+    <float[16,16,1,1] w1, float[16,32,1,1] w2, float[16,16,1,1] w3, float[4] scales = {1, 1, 2, 2}> {
+        a = Conv (x, w1)
+        c = Concat <axis = 1> (a, x)
+        u = Resize <mode = "nearest"> (c, , scales)
+        y = Conv (u, w2)
+        e = Exp (a)
+        v = Resize <mode = "nearest"> (e, , scales)
+        z = Conv (v, w3) }"""
+    model, _ = quantized(text, TRT)
+    assert {"u = Resize(c~, scales)", "v = Resize(e, scales)"} <= set(sketch(model).split("\n"))
+    assert lint(model) == ()
+
+
 def test_a_concat_reads_the_pairs_that_are_there():
     """Through data movement, too; what has no pair of its own is joined as it is, and rounded behind."""
     text = """g (float[2,16,6,6] x) => (float[2,16,6,6] y, float[2,16,6,6] z)
