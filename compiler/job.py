@@ -70,6 +70,13 @@ class Job:
         return self.target is not None and self.target.is_here and self.backend.in_process
 
     @property
+    def not_timed(self) -> str:
+        """Why layers are not timed here, where they are not."""
+        if self.target is None:
+            return f"nothing is measured ({self.not_measured})"
+        return "no layer is timed: that is done on this machine only, and the target is another"
+
+    @property
     def seconds_left(self) -> float | None:
         """Seconds until the search shall end, at least 0; None where it may take its time."""
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
@@ -134,7 +141,7 @@ def _resolved(
     there = _target_threads(options, profile, target)
     how = Lowering(options.tune, there, options.seed, progress, options.fixed_point, target)
     backend = backend.prepared(how)
-    _check_savings(options, why if backend.runs_onnx else "layers are timed by ONNX Runtime's profiler only")
+    _check_savings(options, _not_timed(target, backend, why))
     specs = honest_specs(path, model)
     pre = images = judged = None
     if (options.calib or options.eval) and not specs:
@@ -168,6 +175,14 @@ def _resolved(
             if some is not None:
                 conditions.check_images(some, "--robust")
     return calibrated(found, options.degrade)
+
+
+def _not_timed(target: Target | None, backend: Backend, not_measured: str | None) -> str | None:
+    """Return why the times of layers are not known, None where they are taken here."""
+    if not backend.runs_onnx:
+        return "layers are timed by ONNX Runtime's profiler only"
+    here = target is not None and target.is_here and backend.in_process
+    return None if here else not_measured or "layers are timed on this machine only, and it runs elsewhere"
 
 
 def _with_labels(judged: folder.Folder | None, metric: fidelity.Metric | None) -> folder.Folder | None:

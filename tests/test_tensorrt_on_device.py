@@ -16,6 +16,7 @@ import board_trees
 import fake_trtexec
 import pytest
 import sshd
+import tensorrt_standin
 
 pytestmark = pytest.mark.skipif(sshd.MISSING is not None, reason=str(sshd.MISSING))
 
@@ -25,13 +26,16 @@ def device(tmp_path, edgec):
     """Start a device with a card and a trtexec of a version; `run(...)` is the command line with that target."""
     servers = []
 
-    def start(version, **how):
+    def start(version, module=False, **how):
         folder = tmp_path / f"device{len(servers)}"
         folder.mkdir()
-        server = sshd.Sshd(folder)
+        dotted, site = ".".join(map(str, version)), _made(tmp_path / f"site{len(servers)}")
+        site = tensorrt_standin.path_for(dotted, site, **how) if module else ""
+        server = sshd.Sshd(folder, before=f"PYTHONPATH={site}; export PYTHONPATH" if module else "")
         servers.append(server)
         board_trees.smi(server.bin, board_trees.CARD, "")
-        binary = fake_trtexec.make(server.bin, version, sm=8.9, device="NVIDIA GeForce RTX 4090", memory=24564, **how)
+        card = {"sm": 8.9, "device": "NVIDIA GeForce RTX 4090", "memory": 24564}
+        binary = "" if module else fake_trtexec.make(server.bin, version, **card, **how)
         environment = {"EDGEC_SSH": server.command, "TMPDIR": str(folder), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
         def run(*words):
@@ -75,6 +79,29 @@ def test_what_is_built_measured_and_brought_back(device, tiny, tmp_path, version
     assert list((tmp_path / "cache" / "edgec" / "tensorrt").glob("*.cache")), "the timing cache was not kept"
     assert not (out / "timing.cache").exists()
     assert any(layer["latency_ms"] for layer in report["layers"])
+
+
+@pytest.mark.parametrize("version", [(8, 6, 2), (10, 13, 3), (11, 1, 0)])
+def test_the_same_by_the_python_module(device, tiny, tmp_path, version):
+    there, out = device(version, module=True, sm=8.9, no_int8_for=["Conv_3"]), tmp_path / "out"
+    done = _compile(there, tiny, out, "--precision", "int8", "--max-drop", "50%")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["baseline"]["name"] == "fp16" and report["precision"] == "int8"
+    assert report["result"]["on_device"]["throughput"] > 0 and report["result"]["on_device"]["with_copies_ms"] > 0
+    assert any("Conv_3 left in float" in step["detail"] for step in report["steps"])
+    said = json.loads((out / "model.engine.json").read_text())
+    assert said["with"] == "python" and said["typing"] == ("weak" if version < (10, 12) else "strong")
+    again = there.run("bench", out, "--builds", 2, "--seconds", 0.5, "--json")
+    assert again.returncode == 0, again.stderr
+    told = json.loads(again.stdout)["measurements"][0]["on_device"]
+    assert told["engine"] == "the bundle's own engine" and len(told["builds_ms"]) == 1
+
+
+def test_a_module_that_crashes_while_it_builds_is_a_sentence(device, tiny, tmp_path):
+    done = _compile(device((10, 3, 0), module=True, sm=8.9, crash="build"), tiny, tmp_path / "out")
+    assert done.returncode == 4 and "the program on the device broke down" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_bundles_engine_is_opened_where_it_was_built_and_nowhere_else(device, tiny, tmp_path):

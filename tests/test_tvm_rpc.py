@@ -71,8 +71,8 @@ def test_a_url_that_is_none_is_explained(url, why):
 
 def test_other_targets():
     assert isinstance(targets.of("local"), LocalTarget)
-    with pytest.raises(UnavailableError, match="not in this version"):
-        targets.of("ssh://pi@board")
+    with pytest.raises(UserError, match="no such kind of target"):
+        targets.of("telnet://pi@board")
 
 
 # ------------------------------------------------------------------------------------------- trackers

@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = ("explanation", "fitting", "latency", "low_rank", "mixed_precision", "pruning", "quantization", "report")
 FOLDERS = (
     "backends",
+    "backends/agent",
     "backends/targets",
+    "backends/tensorrt",
     "backends/tvm",
     "backends/tvm/lowering",
     "backends/tvm/spaces",

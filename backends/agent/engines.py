@@ -31,7 +31,8 @@ def open_model(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Opened
     tell("opening %s" % model["name"], 0, None)
     one: Any = None
     if facts["with"] == "python":
-        one = tensorrt_engine.open_engine(facts["engine"], shapes, tell)
+        core = model.get("options", {}).get("dla_core")
+        one = tensorrt_engine.open_engine(facts["engine"], shapes, tell, dla_core=core)
     else:
         binary = _binary()
         one = trtexec.open_engine(facts["engine"], shapes, binary, _BLOCK)

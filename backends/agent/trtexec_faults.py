@@ -84,9 +84,7 @@ def build_fault(said: Console, text: str, code: int, version: str, graph: Graph)
     errors, warned = _own(said.errors), _own(said.warnings)
     layers = [tensorrt_log.Layer(node.name, (node.name,)) for node in graph.nodes if node.name]
     fault = tensorrt_log.build_fault(version, errors, warned, layers)
-    known = {node.name for node in graph.nodes}
-    nodes_known = [name for name in fault.nodes if name in known]
-    return Fault(fault.what, fault.fix or _fix(errors), nodes_known or fault.nodes)
+    return Fault(fault.what, fault.fix or _fix(errors), fault.nodes)
 
 
 def run_fault(said: Console, code: int, doing: str) -> Fault:

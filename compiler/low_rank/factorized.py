@@ -76,8 +76,7 @@ def _chosen(kitchen: Kitchen, request: Saving, whole: Attempt | None) -> _Found:
     if not request.saved and this.options.goal == "size":
         return _smallest(kitchen)
     if not this.timed_here:
-        told = this.not_measured or "layers are timed on this machine only, and the target is another"
-        return race.Chosen(None, f"nothing can be shown to pay where no layer is timed ({told})")
+        return race.Chosen(None, f"nothing can be shown to pay where {this.not_timed}")
     if not kitchen.timed:
         return race.Chosen(None, "the times of layers are not believed, and nothing was factorized")
     contest = Race(this, Ranks(kitchen), kitchen.base)

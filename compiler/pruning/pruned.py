@@ -107,8 +107,7 @@ def _part(cutting: Cutting, costs: Costs, saved: float, work: Path, final: bool)
 def _by_latency(this: Job, cutting: Cutting, baseline: Candidate, work: Path, request: Saving) -> Chosen[Made]:
     """Cut by milliseconds: a named part of them, or to a stated latency, or as far as the quality budget allows."""
     if not this.timed_here:
-        told = this.not_measured or "layers are timed on this machine only, and the target is another"
-        why = f"nothing can be shown to pay where no layer is timed ({told}); --prune 30% is obeyed"
+        why = f"nothing can be shown to pay where {this.not_timed}; --prune 30% is obeyed"
         return Chosen(None, why)
     run = delivery(this)
     prices = Pricing.of(this, cutting.model, cutting.structure, cutting.steps, run)
