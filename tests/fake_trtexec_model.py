@@ -86,6 +86,7 @@ def build(how, version, given):
         "outputs": [narrowed(described(one), narrow) for one in graph.output],
         "profile": profile,
         "nodes": [node.name for node in graph.node],
+        "weights": [one.name for one in graph.initializer],
         "names_only": given.get("profilingVerbosity") != "detailed",
     }
     with open(given["saveEngine"], "w") as file:

@@ -139,8 +139,8 @@ def layers(version, engine):
     """Return layers as (name, metadata): nodes in pairs, whose names from 10 on are the generator's own."""
     nodes = engine["nodes"]
     pairs = [nodes[n : n + 2] for n in range(0, len(nodes), 2)]
-    if version < (8, 6):
-        return [(" + ".join(pair), None) for pair in pairs]
+    if version < (8, 6):  # the first one's name has the weights in it, as names then had
+        return [(" + ".join((engine["weights"] if n == 0 else []) + pair), None) for n, pair in enumerate(pairs)]
     joint = "\x1e"  # written raw, as the real one does
     metadata = [joint.join(f"[ONNX Layer: {node}]" for node in pair) for pair in pairs]
     if version < (10,):

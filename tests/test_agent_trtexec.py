@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import fake_trtexec
 import onnx
@@ -228,6 +229,23 @@ def test_a_timing_cache_of_another_version_is_begun_anew(bench, version, tmp_pat
     assert any("begun anew" in line for line in built.warnings) and len(some.calls("--onnx")) == 2
 
 
+def test_a_failure_that_is_not_the_old_caches_is_not_tried_again(bench, tmp_path):
+    some = bench(no_kernel="/timing cache/Conv")
+    with pytest.raises(Fault):
+        some.build(timing_cache=str(tmp_path / "timing.cache"))
+    assert len(some.calls("--onnx")) == 1 and not (tmp_path / "timing.cache").exists()
+
+
+def test_an_engine_that_is_there_is_replaced_whole(bench):
+    some = bench()
+    some.build()
+    with open(some.engine) as old:
+        some.build(workspace=64 << 20, x="float[1, 2] x", y="float[1, 2] y")
+        assert "[1, 3, 8, 8]" in old.read(), "whoever reads the old one goes on reading it"
+    with open(some.engine) as new:
+        assert "[1, 3, 8, 8]" not in new.read()
+
+
 def test_a_failed_build_leaves_the_cache_as_it_was(bench, tmp_path):
     some, cache = bench(no_kernel="/Relu_0"), tmp_path / "timing.cache"
     cache.write_text("timings of 10.3.0\n")
@@ -291,8 +309,10 @@ def test_a_run_that_is_not_waited_for_is_killed(tmp_path):
         heard.append(int(line))
         raise Fault("enough")
 
+    start = time.monotonic()
     with pytest.raises(Fault, match="enough"):
         trtexec_run.run([str(binary)], str(tmp_path), stop)
+    assert time.monotonic() - start < 30, "it is not waited for"
     with pytest.raises(ProcessLookupError):
         os.kill(heard[0], 0)
 

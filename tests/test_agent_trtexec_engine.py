@@ -11,7 +11,7 @@ import pytest
 from edgec.backends.agent import engines, tensorrt_rules, trtexec, trtexec_engine
 from edgec.backends.agent.faults import Fault
 from edgec.backends.agent.tensors import Tensor
-from trtexec_bench import Bench, each_version, image
+from trtexec_bench import QUANTIZED, Bench, each_version, image
 
 
 @pytest.fixture
@@ -169,6 +169,14 @@ def test_a_profile_is_joined_to_the_nodes(bench, version):
     assert "--iterations=30" in run and "--useCudaGraph" not in run
     assert ("--separateProfileRun" in run) == (version < (11,))
     assert ("--noCudaGraph" in run) == (version >= (11,))
+
+
+def test_weights_in_a_layers_name_are_no_nodes(bench):
+    some = bench((8, 5, 2))
+    some.build("int8", QUANTIZED)
+    found = some.open().profile(10)
+    assert found[0].name == "s + z + /QuantizeLinear_0 + /DequantizeLinear_1"
+    assert found[0].nodes == ("/QuantizeLinear_0", "/DequantizeLinear_1")
 
 
 def test_nodes_come_from_names_where_the_layers_cannot_be_read(bench, monkeypatch):

@@ -289,6 +289,12 @@ def test_files_that_are_cut_off_are_faults(tmp_path, cut):
         onnx_file.read(str(tmp_path / "m.onnx"))
 
 
+def test_a_field_that_is_longer_than_its_message_is_a_fault(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"\x3a\x02\x0a\x03" + b"\x1a\x01x")  # a graph of 2 bytes with a node of 3
+    with pytest.raises(Fault, match="no ONNX file"):
+        onnx_file.read(str(tmp_path / "m.onnx"))
+
+
 def test_dimensions_and_types_are_those_that_onnx_reads(tmp_path):
     for kind in (1, 2, 3, 6, 7, 9, 10, 11, 16):
         info = [onnx.helper.make_tensor_value_info(name, kind, [1 << 40, None, 0, "n"]) for name in ("x", "y")]
