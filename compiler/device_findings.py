@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from . import matching
-from .doctor import BUSY, Finding
+from .findings import BUSY, Finding
 
 #: Bytes that a build and its model should have at least: of memory, of disk.
 _MEMORY, _DISK = 1 << 30, 1 << 30

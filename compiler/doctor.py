@@ -11,7 +11,6 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +23,11 @@ from ..backends.targets.on_device import DeviceTarget
 from ..backends.targets.tracker import Tracker
 from .devices import Cpu, local_profile, machine_arch, read_cpu, usable_cores, visible_gpus
 from .errors import UnavailableError
+from .findings import BUSY, Finding
 from .types import DeviceProfile, QuantScheme
 
 TRTEXEC = Path("/usr/src/tensorrt/bin/trtexec")  # where JetPack and the Debian packages put it, off the PATH
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-#: More than this share of the CPUs busy with other work shows in latencies: one call in four is disturbed.
-BUSY = 0.25
 
 #: What the best feature of the CPU means for INT8. The first that the machine has is shown.
 INT8_WORDS: tuple[tuple[str, Literal["ok", "warning"], str], ...] = (
@@ -45,16 +43,6 @@ INT8_WORDS: tuple[tuple[str, Literal["ok", "warning"], str], ...] = (
     ("asimddp", "ok", "SDOT sums 8-bit products four at a time: INT8 usually beats float32"),
     ("neon", "warning", "no dot product: 8-bit products are widened to 16 bits; INT8 may not pay"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor: `fix` says what to do, None where there is nothing to do."""
-
-    name: str
-    status: Literal["ok", "missing", "warning"]
-    detail: str
-    fix: str | None = None
 
 
 def examine(target: str = "local") -> list[Finding]:

@@ -12,13 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import devices
 from .types import DeviceProfile
-
-if TYPE_CHECKING:
-    from .doctor import Finding
 
 #: Of a memory's nominal size, what is at least left for programs: firmware keeps up to a fifth of a small board's.
 _LEFT = 0.7
@@ -84,13 +81,6 @@ def device_of(probed: Mapping[str, Any]) -> str | None:
         fitting = [name for name in boards if fits(profiles[name], probed) is None]
         names = [*fitting] if len(fitting) == 1 else []
     return next((name for name in names if name in profiles and fits(profiles[name], probed) is None), None)
-
-
-def findings(probed: Mapping[str, Any]) -> list[Finding]:
-    """Return what `edgec doctor --target` says of a device, a line for each group of facts."""
-    from . import device_findings  # which takes its words for the device from here
-
-    return device_findings.findings(probed)
 
 
 def unlisted_card(probed: Mapping[str, Any]) -> str | None:

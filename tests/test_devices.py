@@ -10,6 +10,7 @@ import pytest
 import yaml
 from edgec.compiler import devices, doctor
 from edgec.compiler.errors import DeviceError
+from edgec.compiler.findings import Finding
 from edgec.compiler.types import DeviceProfile, Fact
 
 PROFILES = devices.load_profiles()
@@ -406,7 +407,7 @@ def named(findings, name):
 def test_findings_have_their_shape():
     findings = doctor.examine()
     for finding in findings:
-        assert isinstance(finding, doctor.Finding)
+        assert isinstance(finding, Finding)
         assert finding.status in ("ok", "missing", "warning")
         assert finding.name and finding.detail and "\n" not in finding.detail
         assert finding.fix is None or finding.fix

@@ -6,7 +6,8 @@ import itertools
 import board_trees
 import pytest
 from edgec.backends.agent import probe
-from edgec.compiler import device_findings, devices, doctor, matching
+from edgec.compiler import device_findings, devices, matching
+from edgec.compiler.findings import Finding
 from edgec.compiler.types import DeviceProfile
 
 PROFILES = devices.load_profiles()
@@ -282,8 +283,8 @@ def test_the_toolchain_is_the_one_that_is_there(board):
 
 
 def found(probed):
-    findings = matching.findings(probed)
-    assert all(isinstance(one, doctor.Finding) and one.detail for one in findings)
+    findings = device_findings.findings(probed)
+    assert all(isinstance(one, Finding) and one.detail for one in findings)
     names = [one.name for one in findings]
     assert len(names) == len(set(names))
     return {one.name: one for one in findings}

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from edgec.backends.ort import OperatorTime
-from edgec.compiler.doctor import Finding
 from edgec.compiler.errors import UserError
+from edgec.compiler.findings import Finding
 from edgec.compiler.report import axes, charts, html, serial, terminal, text
 from edgec.compiler.report.style import CSS
 from edgec.compiler.types import (

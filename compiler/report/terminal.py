@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ...backends.ort import OperatorTime
-    from ..doctor import Finding
+    from ..findings import Finding
     from ..types import DeviceProfile, Fidelity, Inspection, Measurement, Report, Robustness
 
 #: How many nodes of each rule are named without --why.

@@ -12,7 +12,7 @@ from .tables import timings
 
 if TYPE_CHECKING:
     from ...backends.ort import OperatorTime
-    from ..doctor import Finding
+    from ..findings import Finding
     from ..types import DeviceProfile, Fact, Measurement
 
 
