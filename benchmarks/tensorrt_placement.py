@@ -10,7 +10,8 @@ tensor that went through QuantizeLinear, directly or through data movement? Weig
 
 Prints a line a model and, for each difference, its class, the node and who has a pair there; "beside a pair" is a float
 read of a tensor that other nodes read through a pair. With --all, also which rules of tests/qdq_rules.py either file
-breaks. What the other tool made is kept in WORK (see peers/runner.py).
+breaks, and how far edgec's file, in ONNX Runtime, is from tests/integer_simulation.py on two inputs, with each stretch
+from pair to pair judged by itself, and from end to end. What the other tool made is kept in WORK (see peers/runner.py).
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ from peers.runner import peer, set_up, tools
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import equivalence  # the tests' models, their inputs, and how they look at a file
+import integer_simulation
 import prune_zoo
 import qdq_rules
+import trt_artifacts
 import wide_zoo
 from qdq_graph import COPIES, LAYERS, Graph, Node
 
@@ -228,7 +231,21 @@ def compare(name: str, model: ir.Model, inputs: np.ndarray, args: argparse.Names
         for who, path in (("edgec", work / "edgec.onnx"), ("modelopt", made.path)):
             for line in qdq_rules.violations(path, (10, 3), "int8"):
                 print(f"    {who} breaks {line}")
+        print(f"    {numbers(work / 'edgec.onnx', model, inputs)}")
     return found
+
+
+def numbers(path: Path, model: ir.Model, inputs: np.ndarray) -> str:
+    """Say how far ONNX Runtime's numbers are from the integer simulation's: stretch by stretch, and from end to end."""
+    size, name = model.graph.inputs[0].shape[0], model.graph.inputs[0].name
+    feed = {name: inputs[: size if isinstance(size, int) else 2]}
+    seen = trt_artifacts.observed(path, feed)
+    said = []
+    for given in (seen, None):
+        found = trt_artifacts.steps(integer_simulation.simulate(path, feed, given), seen).values()
+        apart = np.concatenate([values.ravel() for values in found])
+        said.append(f"{(apart > 0.5).sum()} by at most {apart.max():.2g} steps")
+    return f"of {apart.size} numbers {said[0]} off the integers' sums; from end to end {said[1]}"
 
 
 # --------------------------------------------------------------------------------------------- command line

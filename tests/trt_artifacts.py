@@ -20,6 +20,7 @@ from edgec.compiler.quantization.quantizer import Quantizer
 from edgec.compiler.types import DeviceProfile, QuantScheme, Range
 from edgec.passes.placement import observed_tensors
 from edgec.passes.quant_params import needed_opset
+from qdq_graph import Graph
 
 MODELS: Mapping[str, Callable[[], ir.Model]] = {
     **{f"zoo {name}": lambda name=name: zoo.build(name) for name in zoo.ZOO},
@@ -73,3 +74,25 @@ def lower(made: Made, profile: DeviceProfile, precision: str, version: str | Non
     copy.unlink(missing_ok=True)
     artifact = TensorRT().lower(made.model, profile, precision)
     return [made.model, copy] if version is None and copy.exists() else [artifact.folder / artifact.model]
+
+
+def observed(path: Path, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run a file in ONNX Runtime with optimisations off; return all quantized tensors, and the outputs."""
+    proto = onnx.load(path)
+    graph = Graph(path)
+    names = [node.outputs[0] for node in graph.nodes if node.op == "QuantizeLinear"]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT8, None) for n in names)
+    session = equivalence.session(proto.SerializeToString())
+    wanted = [value.name for value in session.get_outputs()]
+    return dict(zip(wanted, session.run(wanted, feed), strict=True))
+
+
+def steps(exact: Mapping[str, np.ndarray], seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return how many quantization steps two runs are apart, by tensor; an output's step is a 127th of its largest."""
+    assert exact.keys() == seen.keys()
+    found = {}
+    for name, want in exact.items():
+        assert want.shape == seen[name].shape, name
+        step = 1.0 if seen[name].dtype == np.int8 else np.abs(want).max() / 127
+        found[name] = np.abs(want - seen[name].astype(np.float64)) / step
+    return found
