@@ -43,7 +43,8 @@ def make(model: ir.Model, folder: Path, profile: DeviceProfile, precision: str) 
     scheme = TensorRT().schemes(profile)[precision]
     assert not isinstance(scheme, str), scheme
     few_bits = isinstance(scheme, QuantScheme)
-    model, _ = pipeline.run(model, pipeline.exact_passes(needed_opset(scheme) if few_bits else None), None)
+    needed = needed_opset(scheme) if few_bits else None
+    model, _ = pipeline.run(model, pipeline.exact_passes(needed, TensorRT().newest_opset(profile)), None)
     folder.mkdir(parents=True)
     made = Made(folder / "original.onnx", folder / "model.onnx", 0)
     model_io.save(model, made.original)
