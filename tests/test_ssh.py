@@ -153,7 +153,7 @@ def test_what_is_there_is_not_sent_again(server, model):
     _measure(target, model)
     _measure(target, model)
     target.close()
-    sent = [stage for stage, done, total in said if stage == f"sending {model.path.name}" and done == total]
+    sent = [stage for stage, done, total in said if stage == f"sending {model.path.name} (kB)" and done == total]
     assert len(sent) == 1
 
 

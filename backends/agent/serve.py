@@ -59,8 +59,7 @@ class Session:
         self.grace, self.silence = GRACE, SILENCE
         self.jobs: Dict[str, Job] = {}
         self.followed: Optional[Job] = None
-        self.broken: Dict[str, Fault] = {}
-        self.over = self.handed_over = False
+        self.over = self.handed_over = self.ended = False
 
     def run(self) -> None:
         """Serve until "bye", until another session takes over, or until nobody came back."""
@@ -89,7 +88,7 @@ class Session:
 
     def _exchange(self) -> None:
         """Read what came and write what is due; at most for a moment."""
-        if self.lost_at is not None:
+        if self.ended:
             time.sleep(_TICK)
             return
         ready, free, _ = select.select([0], [1] if self.out else [], [], _TICK)
@@ -100,13 +99,13 @@ class Session:
                 some = os.read(0, frames.PART)
                 if not some:
                     raise OSError(errno.EPIPE, "the connection ended")
-                self.heard = time.monotonic()
                 self.reader.add(some)
                 self._take()
+                self.heard, self.lost_at = time.monotonic(), None  # it was silent only, if it was
         except BlockingIOError:
             pass
         except (OSError, ValueError):
-            self.lost_at = time.monotonic()
+            self.ended, self.lost_at = True, time.monotonic()
 
     def _take(self) -> None:
         message, body = self.reader.message()
@@ -117,6 +116,8 @@ class Session:
                 answer = dict(fault.message(), **{"is": "fault"})
             except OSError as error:
                 answer = dict(_worded(error, self.folder).message(), **{"is": "fault"})
+            except (ValueError, KeyError, TypeError) as error:  # a name that its file system cannot have, for one
+                answer = {"is": "fault", "what": "%s: %s" % (type(error).__name__, error)}
             if answer is not None:
                 self._say(*answer) if isinstance(answer, tuple) else self._say(answer)
             message, body = self.reader.message()
@@ -126,7 +127,7 @@ class Session:
 
     def _forward(self) -> None:
         job = self.followed
-        while job is not None and self.lost_at is None:
+        while job is not None and not self.ended:
             ended = not job.alive()  # asked first: what it wrote last must not be missed
             event = job.next()
             if event is None and not ended:
@@ -195,30 +196,21 @@ class Session:
             raise Fault(_FULL.format(self.folder, max(free, 0) / 1e6, (message["bytes"] - offset) / 1e6), _ROOM)
         return {"is": "have", "stored": False, "offset": offset}
 
-    def do_put(self, message: Dict[str, Any], body: bytes) -> None:
-        """Take the next part of a file. What goes wrong is said when it is sealed: parts are not answered."""
-        path = self._path(message)
-        try:
-            with open(path + ".part", "ab") as file:
-                if file.tell() != message["offset"]:
-                    raise Fault("a part of %s is missing" % message["name"], fix="try again")
-                file.write(body)
-        except Fault as fault:
-            self.broken.setdefault(path, fault)
-        except OSError as error:
-            self.broken.setdefault(path, _worded(error, self.folder))
+    def do_put(self, message: Dict[str, Any], body: bytes) -> Dict[str, Any]:
+        """Take the next part of a file, and say how much of it is here now."""
+        with open(self._path(message) + ".part", "ab") as file:
+            if file.tell() != message["offset"]:
+                raise Fault("a part of %s is missing" % message["name"], fix="try again")
+            file.write(body)
+            return {"is": "got", "offset": message["offset"] + len(body)}
 
     def do_seal(self, message: Dict[str, Any], body: bytes) -> Dict[str, Any]:
         """Make a file whole: it gets its name where its content is what was meant, else it is removed."""
         path = self._path(message)
-        fault = self.broken.pop(path, None)
-        if fault is None and digest(path + ".part") == message["sha256"]:
+        if digest(path + ".part") == message["sha256"]:
             os.rename(path + ".part", path)
             return {"is": "stored"}
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
-        if fault is not None:
-            raise fault
+        os.remove(path + ".part")
         return {"is": "damaged"}
 
     def do_start(self, message: Dict[str, Any], body: bytes) -> Dict[str, Any]:

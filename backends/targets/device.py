@@ -27,13 +27,17 @@ from .link import Link, LinkLost
 GRACE, PATIENCE = 120.0, 100.0
 #: Seconds without a sign of life after which the device takes the connection for broken.
 SILENCE = 60.0
-#: Parts of a file that are asked for ahead of what has come.
+#: Parts of a file that are sent, or asked for, ahead of what has arrived: 4 MB, what a fast and far link holds.
 _AHEAD = 16
 #: Seconds in which the device has to answer what it can answer at once, on the slowest of links.
 _ANSWER = 120.0
 
 Connect = Callable[[str, bool, dict[str, float]], Link]
 T = TypeVar("T")
+
+
+class Forgotten(UnavailableError):
+    """The device kept nothing of the session: all that is needed has to be sent anew."""
 
 
 class Refused(Exception):
@@ -74,6 +78,8 @@ class Device:
         try:
             result = self._tried(asked, heard)
             for name in result.get("files", ()) if folder is not None else ():
+                if Path(name).name != name or name in (".", ".."):
+                    raise UnavailableError(f"the device names a file {name!r}", where=self.url, fix="is it the device?")
                 self._tried(functools.partial(self._fetch, job=job, name=name, to=folder / name))
         finally:
             with contextlib.suppress(LinkLost, TimeoutError, Refused):
@@ -102,10 +108,15 @@ class Device:
 
     def _tried(self, asked: Callable[[Link], T], heard: list[int] | None = None) -> T:
         """Ask, over a new connection where the old one broke; what the device forgot is asked anew by the caller."""
+        silences = 0
         while True:
             try:
                 return asked(self._connected(heard))
-            except (LinkLost, TimeoutError):
+            except (LinkLost, TimeoutError) as error:
+                silences += isinstance(error, TimeoutError)
+                if silences > 2:
+                    what = "the device does not answer what it is asked, three times"
+                    raise UnavailableError(what, where=self.url, fix="run the command again") from error
                 if self._link is not None:
                     self._link.kill()
                     self._lost(self._link)
@@ -119,7 +130,7 @@ class Device:
                 if heard is not None:
                     heard[0] = 0
                 if again:
-                    raise UnavailableError(
+                    raise Forgotten(
                         "the connection broke, and the device kept nothing of what was done",
                         where=self.url,
                         fix="was it started anew? run the command again",
@@ -178,16 +189,32 @@ class Device:
             there = _ask(link, {"do": "have", **about, "bytes": size})
             if there["stored"]:
                 return
-            with path.open("rb") as file:
-                file.seek(offset := int(there["offset"]))
-                while part := file.read(frames.PART):
-                    link.send({"do": "put", **about, "offset": offset}, part)
-                    offset += len(part)
-                    self.progress(f"sending {name}", offset // 1024, max(size // 1024, 1))
+            self._put_parts(link, about, path, int(there["offset"]))
             if _ask(link, {"do": "seal", **about, "sha256": sha256}, None)["is"] == "stored":
                 return
         what = f"{name} arrives damaged on the device, three times"
         raise UnavailableError(what, where=self.url, fix="look at the device's disk and memory")
+
+    def _put_parts(self, link: Link, about: dict[str, str], path: Path, offset: int) -> None:
+        """Send a file from an offset on; so many parts ahead of what has arrived that the link is never idle.
+
+        Refused where the device cannot take it, with all answers heard.
+        """
+        size, ahead, refused = path.stat().st_size, 0, None
+        with path.open("rb") as file:
+            file.seek(offset)
+            while (part := b"" if refused else file.read(frames.PART)) or ahead:
+                if part:
+                    link.send({"do": "put", **about, "offset": offset}, part)
+                    offset, ahead = offset + len(part), ahead + 1
+                if ahead >= _AHEAD or not part:
+                    answer, _ = link.receive(_ANSWER)
+                    ahead -= 1
+                    refused = refused or (Refused(answer) if answer.get("is") == "fault" else None)
+                    arrived = int(answer.get("offset", 0)) // 1024
+                    self.progress(f"sending {about['name']} (kB)", arrived, max(size // 1024, 1))
+        if refused is not None:
+            raise refused
 
     def _fetch(self, link: Link, job: str, name: str, to: Path) -> None:
         """Fetch a file of a job; what came before a broken connection is kept, and its hash decides."""
@@ -204,7 +231,7 @@ class Device:
                     raise Refused(message)
                 file.write(body)
                 at += len(body)
-                self.progress(f"fetching {name}", at // 1024, max(said["bytes"] // 1024, 1))
+                self.progress(f"fetching {name} (kB)", at // 1024, max(said["bytes"] // 1024, 1))
         if _digest(part) != said["sha256"]:
             part.unlink()
             raise UnavailableError(f"{name} came damaged from the device", where=self.url, fix="run the command again")

@@ -55,6 +55,7 @@ try:
 except OSError as error:
     sys.stderr.write("edgec: " + str(error) + "\\n")
     sys.exit(98)
+os.environ.setdefault("LC_ALL", "C.UTF-8")  # files may have any name, and Python 3.6 goes by the locale
 os.execv(sys.executable, [sys.executable, path, "serve", folder])
 """
 
@@ -72,7 +73,9 @@ class Link:
     said: list[str] = field(default_factory=list)
     resumed: bool = False
     _inbox: queue.Queue[tuple[dict[str, Any], bytes] | None] = field(default_factory=queue.Queue)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    #: Whole frames on their way out. A thread of its own writes them: Ctrl-C must not leave half of one.
+    _outbox: queue.Queue[bytes] = field(default_factory=lambda: queue.Queue(2))
+    _broken: threading.Event = field(default_factory=threading.Event)
     _closed: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -101,7 +104,9 @@ class Link:
             raise explain(None, f"{command[0]}: {error.strerror}") from error
         link = cls(process, explain)
         threading.Thread(target=link._listen, args=(token,), daemon=True).start()
-        threading.Thread(target=link._overhear, daemon=True).start()
+        threading.Thread(target=link._speak, daemon=True).start()
+        overhearing = threading.Thread(target=link._overhear, daemon=True)
+        overhearing.start()
         try:
             program = packing.packed()
             link._write(repr(_SECOND).join(("exec(", ")\n")).encode() + f"{len(program):012d}".encode() + program)
@@ -111,6 +116,7 @@ class Link:
         except (LinkLost, TimeoutError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
+            overhearing.join(1)  # a shared connection keeps its stderr open
             code = process.poll()
             link.kill()
             raise explain(code, "".join(link.said)) from error
@@ -158,14 +164,26 @@ class Link:
             self.process.wait()
 
     def _write(self, some: bytes) -> None:
+        """Hand a whole frame to the writer. LinkLost where the connection is gone."""
+        while not self._broken.is_set():
+            try:
+                return self._outbox.put(some, timeout=0.2)
+            except queue.Full:
+                continue
+        raise LinkLost
+
+    def _speak(self) -> None:
         assert self.process.stdin is not None
-        view = memoryview(some)
         try:
-            with self._lock:
+            while not self._closed.is_set():
+                try:
+                    view = memoryview(self._outbox.get(timeout=0.5))
+                except queue.Empty:
+                    continue
                 while view:
                     view = view[self.process.stdin.write(view) or 0 :]
-        except (OSError, ValueError) as error:
-            raise LinkLost from error
+        except (OSError, ValueError):
+            self._broken.set()
 
     def _listen(self, token: str) -> None:
         """Hand on the messages behind the first one, which has the token in it; what stands before it is no message."""

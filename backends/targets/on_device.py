@@ -24,7 +24,7 @@ from ...compiler.types import Artifact, InputSpec, Measurement, OnDevice, Progre
 from ..agent import engines
 from ..base import Backend, Runner, Shipped
 from . import timing
-from .device import Connect, Device, Refused, unavailable
+from .device import Connect, Device, Forgotten, Refused, unavailable
 
 #: What a backend needs there: one of these facts of the probe (backends/agent/probe.py), and what it is called.
 _NEEDS = {
@@ -32,6 +32,8 @@ _NEEDS = {
     "tensorrt": (("tensorrt", "trtexec"), "TensorRT, neither its Python module nor trtexec"),
     "tvm": (("tvm",), "TVM runtime for its python3"),
 }
+_NOTHING: Mapping[str, Any] = {}
+_AS_IS: Mapping[str, Any] = {}
 #: A model whose measurement takes so many seconds, at least, also tells copies, throughput and power.
 _THOROUGH = 3.0
 
@@ -68,7 +70,7 @@ class DeviceTarget:
     @functools.cached_property
     def probed(self) -> Mapping[str, Any]:
         """What the device is, and what is installed there. UnavailableError where it cannot be reached."""
-        return self._asked({"kind": "probe"})
+        return self._asked("probe")
 
     def check(self) -> None:
         """Raise UnavailableError where the device cannot be reached."""
@@ -100,15 +102,15 @@ class DeviceTarget:
         """
         sent = {name: runner.sent for name, runner in runners.items() if isinstance(runner, Remote)}
         thorough = seconds >= _THOROUGH
-        job = self._job("measure", sent, feed) | {"seconds": seconds, "extras": thorough, "builds": builds}
+        how = {"seconds": seconds, "extras": thorough, "builds": builds}
         batch = next((a.shape[0] for a in feed.values() if a.ndim), 1)
         threads = 0 if all(one.runtime == "tensorrt" for one in sent.values()) else threads  # the GPU has its own
-        return measurements(self._built(job), baseline, target=self.url, threads=threads, batch=batch)
+        return measurements(self._built("measure", sent, feed, how), baseline, target=self.url, threads=threads, batch=batch)
 
     def builds(self, runners: Mapping[str, Runner], feed: Mapping[str, np.ndarray]) -> dict[str, Refused | None]:
         """Build engines there for such inputs, and return for each why it does not build, None where it does."""
         sent = {name: runner.sent for name, runner in runners.items() if isinstance(runner, Remote)}
-        found = self._built(self._job("build", sent, feed))["models"]
+        found = self._built("build", sent, feed)["models"]
         return {name: Refused(one["fault"]) if "fault" in one else None for name, one in found.items()}
 
     def fetch(self, runner: Runner, feed: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
@@ -117,9 +119,8 @@ class DeviceTarget:
         UnavailableError where it does not build.
         """
         assert isinstance(runner, Remote)
-        job = self._job("build", {path.name: runner.sent}, feed) | {"keep": True}
         with TemporaryDirectory() as work:
-            one = self._asked(job, Path(work))["models"][path.name]
+            one = self._asked("build", {path.name: runner.sent}, feed, {"keep": True}, Path(work))["models"][path.name]
             if "fault" in one:
                 raise unavailable(Refused(one["fault"]), self.url)
             shutil.copyfile(Path(work) / path.name, path)
@@ -127,18 +128,19 @@ class DeviceTarget:
 
     def run(self, sent: Shipped, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run an artifact once there."""
-        job = self._job("run", {"model": sent}, feed)
         with TemporaryDirectory() as work:
-            outputs = self._asked(job, Path(work))["outputs"]
+            outputs = self._asked("run", {"model": sent}, feed, {}, Path(work))["outputs"]
             return {
-                one["name"]: np.frombuffer((Path(work) / one["file"]).read_bytes(), one["dtype"]).reshape(one["shape"])
+                one["name"]: np.frombuffer(
+                    (Path(work) / Path(one["file"]).name).read_bytes(), one["dtype"]
+                ).reshape(one["shape"])
                 for one in outputs
             }
 
     def kernels(self, sent: Shipped, feed: Mapping[str, np.ndarray]) -> list[tuple[str, str | None, float]]:
         """Return an artifact's kernels with their ONNX nodes and times; empty where its runtime tells none."""
-        job = self._job("measure", {"model": sent}, feed) | {"seconds": 0.5, "extras": False, "profile": True}
-        one = self._asked(job)["models"]["model"]
+        how = {"seconds": 0.5, "extras": False, "profile": True}
+        one = self._asked("measure", {"model": sent}, feed, how)["models"]["model"]
         if "fault" in one:
             raise unavailable(Refused(one["fault"]), self.url)
         return [(name, " + ".join(nodes) or None, ms) for name, nodes, ms in one.get("kernels") or ()]
@@ -178,10 +180,12 @@ class DeviceTarget:
         name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
         return Path(platformdirs.user_cache_dir("edgec")) / "tensorrt" / f"{name}.cache"
 
-    def _built(self, job: dict[str, Any]) -> dict[str, Any]:
+    def _built(
+        self, kind: str, sent: Mapping[str, Shipped], feed: Mapping[str, np.ndarray], how: Mapping[str, Any] = _AS_IS
+    ) -> dict[str, Any]:
         """Ask for what builds engines, and keep the timings that it took."""
         with TemporaryDirectory() as work:
-            found = self._asked(job, Path(work))
+            found = self._asked(kind, sent, feed, how, Path(work))
             kept = Path(work) / engines.TIMINGS
             if kept.is_file():
                 self._timings.parent.mkdir(parents=True, exist_ok=True)
@@ -194,11 +198,24 @@ class DeviceTarget:
         except Refused as refused:
             raise unavailable(refused, self.url) from refused
 
-    def _asked(self, job: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-        try:
-            return self.device.run(job, folder)
-        except Refused as refused:
-            raise unavailable(refused, self.url) from refused
+    def _asked(
+        self,
+        kind: str,
+        sent: Mapping[str, Shipped] = _NOTHING,
+        feed: Mapping[str, np.ndarray] = _NOTHING,
+        how: Mapping[str, Any] = _AS_IS,
+        folder: Path | None = None,
+    ) -> dict[str, Any]:
+        """Run a job; all of it once more where the device forgot the session, as after a long time without a line."""
+        for last in (False, True):
+            try:
+                return self.device.run(self._job(kind, sent, feed) | dict(how), folder)
+            except Refused as refused:
+                raise unavailable(refused, self.url) from refused
+            except Forgotten:
+                if last:
+                    raise
+        raise AssertionError
 
 
 def _shapes(inputs: tuple[InputSpec, ...], feed: Mapping[str, np.ndarray]) -> dict[str, list[list[int]]]:
