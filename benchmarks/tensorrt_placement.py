@@ -157,12 +157,17 @@ def differences(model: Graph, first: Graph, second: Graph) -> Iterator[Differenc
         if mine is None or theirs is None:
             yield Difference("node gone", node.name, -1, node.outputs[0], _there(mine), _there(theirs))
             continue
-        for i, name in enumerate(node.inputs):
-            if not name or (node.op in COPIES and node.op != "Concat"):
-                continue
+        for i, name in compared(node):
             found = [_state(graph, twin, i) for graph, twin in ((first, mine), (second, theirs))]
             if found[0] != found[1] and any(state == "pair" or "scales" in state for state in found):
                 yield Difference(kind(model, node), node.name, i, name, *found)
+
+
+def compared(node: Node) -> list[tuple[int, str]]:
+    """Return the inputs of a node that are compared: data movement but Concat is looked through."""
+    if node.op in COPIES and node.op != "Concat":
+        return []
+    return [(i, name) for i, name in enumerate(node.inputs) if name]
 
 
 def _there(node: Node | None) -> str:
@@ -206,8 +211,8 @@ def pairs(graph: Graph) -> int:
     return sum(node.op == "QuantizeLinear" and not graph.is_weight(node) for node in graph.nodes)
 
 
-def compare(name: str, model: ir.Model, inputs: np.ndarray, args: argparse.Namespace) -> list[Difference]:
-    """Quantize one model with both tools and print what differs."""
+def compare(name: str, model: ir.Model, inputs: np.ndarray, args: argparse.Namespace) -> Counter[str]:
+    """Quantize one model with both tools and print what differs; return the numbers of that, by class."""
     work = args.work / name.replace(" ", "-")
     work.mkdir(parents=True, exist_ok=True)
     model_io.save(model, work / "folded.onnx")
@@ -216,15 +221,23 @@ def compare(name: str, model: ir.Model, inputs: np.ndarray, args: argparse.Names
     made = peer(tool, CONFIG, work, venvs=args.venvs, limit=args.limit, retry=args.retry)
     if made.path is None:
         print(f"{name}: the other tool made nothing: {made.reason}")
-        return []
+        return Counter()
     graphs = [Graph(work / "folded.onnx"), Graph(ours(model, inputs, work / "edgec.onnx")), Graph(made.path)]
     found = list(differences(*graphs))
     layers = [sum(graph.quantized(node) for node in graph.nodes) for graph in graphs[1:]]
-    total = sum(node.op in LAYERS for node in graphs[0].nodes)
-    print(
-        f"{name}: {total} layers, {layers[0]} and {layers[1]} on integers; "
-        f"{pairs(graphs[1])} and {pairs(graphs[2])} pairs; {len(found)} differences"
+    count = Counter(
+        {
+            "models": 1,
+            "layers": sum(node.op in LAYERS for node in graphs[0].nodes),
+            "layers on integers, edgec": layers[0],
+            "layers on integers, modelopt": layers[1],
+            "pairs of activations, edgec": pairs(graphs[1]),
+            "pairs of activations, modelopt": pairs(graphs[2]),
+            "inputs compared": sum(len(compared(node)) for node in graphs[0].nodes),
+            "inputs that differ": len(found),
+        }
     )
+    print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in count.items() if what != "models"))
     for d in found:
         print(f"    {d.kind}: {d.node} input {d.index} ({d.tensor}): edgec {d.ours}, modelopt {d.theirs}")
     if args.all:
@@ -232,7 +245,7 @@ def compare(name: str, model: ir.Model, inputs: np.ndarray, args: argparse.Names
             for line in qdq_rules.violations(path, (10, 3), "int8"):
                 print(f"    {who} breaks {line}")
         print(f"    {numbers(work / 'edgec.onnx', model, inputs)}")
-    return found
+    return count + Counter(f"inputs that differ: {d.kind}" for d in found)
 
 
 def numbers(path: Path, model: ir.Model, inputs: np.ndarray) -> str:
@@ -270,9 +283,9 @@ def main() -> None:
     args.work = args.work.absolute()
     count: Counter[str] = Counter()
     for name, model, inputs in models(args):
-        count.update(d.kind for d in compare(name, model, inputs, args))
-    print("\n| class | inputs that differ |\n|---|---|")
-    for what, number in count.most_common():
+        count += compare(name, model, inputs, args)
+    print("\n| all models | |\n|---|---|")
+    for what, number in count.items():
         print(f"| {what} | {number} |")
 
 
