@@ -14,6 +14,7 @@ from ..backends import targets
 from ..backends.targets.on_device import DeviceTarget, Remote
 from . import answering, bundle, devices, evaluation, recipe
 from . import model as model_io
+from .errors import UserError
 from .types import Artifact, DeviceProfile, Measurement, Progress
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def bench(
 
 def operators(path: Path, *, device: str, target: str, threads: int, progress: Progress) -> list[OperatorTime]:
     """Return where the time of a call goes, on this machine or on a device; errors as of bench."""
+    if target.startswith("rpc:"):
+        what = "times of operators are not told by boards behind a tracker"
+        raise UserError(what, where=f"--profile --target {target}", fix="leave --profile out")
     if not target.startswith("ssh:"):
         manifest = bundle.read_manifest(path) if path.is_dir() else {}
         if not manifest or backends.load(manifest["backend"]).in_process:

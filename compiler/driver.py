@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import platform
 import time
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ..passes.quant_params import needed_opset
 from . import bundle, devices, exploration, files, guard, job, layers, pipeline, recipe, rivals, wording
 from . import model as model_io
 from .candidates import Candidate, Lossy, save
-from .errors import BudgetError
+from .errors import BudgetError, UnavailableError
 from .explanation.explain import annotate, explain
 from .job import Job
 from .options import Options
@@ -43,6 +44,8 @@ from .types import (
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
 
 
 def compile(model: Path, out: Path, options: Options, progress: Progress = silent) -> Report:
@@ -161,9 +164,14 @@ def _timed(this: Job, chosen: Candidate, rows: tuple[Layer, ...]) -> tuple[Layer
     runner = this.target.open(this.backend, lowered, this.target_threads)
     if not isinstance(runner, Profiled):
         return rows
+    try:
+        kernels = runner.profile(job.one_input(this))
+    except UnavailableError as error:  # what is measured and judged by now shall not be lost for it
+        logger.warning("layers were not timed: %s", error.what)
+        return rows
     macs = {row.node: row.macs or 0 for row in rows}
     times: dict[str, float] = {}
-    for _, nodes, ms in runner.profile(job.one_input(this)):
+    for _, nodes, ms in kernels:
         # a kernel that computes several is its largest layer's, with what is fused to that
         known = [node for node in (nodes or "").split(" + ") if node in macs]
         if known:
@@ -189,7 +197,12 @@ def _bring_engine(this: Job, artifact: Artifact, staged: Path) -> None:
     """Put the engine that was built on the device into the bundle, with what it is tied to."""
     assert isinstance(this.target, DeviceTarget)
     runner = this.target.open(this.backend, artifact, this.target_threads)
-    said = this.target.fetch(runner, job.one_input(this), staged / shipping.ENGINE) | {"engine": shipping.ENGINE}
+    try:
+        found = this.target.fetch(runner, job.one_input(this), staged / shipping.ENGINE)
+    except UnavailableError as error:
+        logger.warning("the engine was not brought back (it is built where the bundle is opened): %s", error.what)
+        return
+    said = found | {"engine": shipping.ENGINE}
     (staged / shipping.SAID).write_text(json.dumps(said, indent=1), encoding="utf-8")
 
 

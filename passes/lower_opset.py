@@ -116,10 +116,12 @@ def _plainly(node: ir.Node, old: onnx.defs.OpSchema, new: onnx.defs.OpSchema) ->
 def _types(node: ir.Node, old: onnx.defs.OpSchema) -> str | None:
     """Return which input has a type that the older schema does not take; None where none is known to."""
     allowed = {c.type_param_str: set(c.allowed_type_strs) for c in old.type_constraints}
-    for position, value in enumerate(node.inputs):
+    ends = [(old.inputs, n, value) for n, value in enumerate(node.inputs)]
+    ends += [(old.outputs, n, value) for n, value in enumerate(node.outputs)]
+    for formals, position, value in ends:
         if value is None or value.dtype is None or not isinstance(value.type, ir.TensorType | None):
             continue
-        formal = old.inputs[min(position, len(old.inputs) - 1)]
+        formal = formals[min(position, len(formals) - 1)]
         taken = allowed.get(formal.type_str, {formal.type_str})
         name = f"tensor({_ONNX_NAMES.get(value.dtype, value.dtype.name.lower())})"
         if name not in taken:

@@ -119,6 +119,25 @@ def test_the_bundles_engine_is_opened_where_it_was_built_and_nowhere_else(device
     assert "built for TensorRT 10.3.0, and here it is 10.13.3" in engine and len(_builds(newer)) == 1
 
 
+def test_an_engine_is_opened_for_the_model_it_was_built_from_alone(device, tiny, tmp_path, edgec, monkeypatch):
+    out = tmp_path / "bundle"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+        done = edgec("compile", tiny / "model.onnx", "-o", out, "--device", "rtx-4090", "--calib", tiny / "images")
+    assert done.returncode == 0 and (out / "recipe.json").is_file(), done.stderr
+    there = device((10, 3, 0))
+    # the bundle's own program, in an environment like the device's
+    environment = {**os.environ, "PATH": f"{there.bin}:/usr/bin:/bin"}
+    alone = subprocess.run([sys.executable, out / "edgec-device.pyz"], env=environment, capture_output=True, text=True)
+    assert alone.returncode == 0 and (out / "model.engine").is_file(), alone.stderr
+    built = len(_builds(there))
+    found = json.loads(there.run("bench", out, "--json").stdout)["measurements"]
+    engines = {m["name"].split(" ")[0]: m["on_device"]["engine"] for m in found}
+    assert engines["bundle"] == "the bundle's own engine"
+    assert engines["fp16"].startswith("TensorRT 10.3.0") and engines["fp32"].startswith("TensorRT 10.3.0")
+    assert len(_builds(there)) == built + 2
+
+
 @pytest.mark.parametrize("names", [True, False])
 def test_a_layer_without_a_kernel_is_left_in_float_and_said(device, tiny, tmp_path, names):
     there = device((8, 6, 2), no_int8=["Conv_3"], names=names)

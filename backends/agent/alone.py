@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from typing import Any, Dict, List, Optional
 
-from . import probe
+from . import lock, probe
 from .jobs import Job
 
 RECIPE, MEASUREMENT, ENGINE = "recipe.json", "measurement.json", "model.engine"
@@ -36,6 +37,10 @@ def main(words: List[str]) -> int:
             recipe = json.load(file)
     except (OSError, ValueError) as error:
         return _failed("%s: %s" % (RECIPE, error), "run it where edgec compile put it: in a bundle")
+    if not os.access(folder, os.W_OK):
+        return _failed("%s cannot be written" % folder, "copy the bundle to where you may write")
+    for sign in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(sign, lambda *_: sys.exit(2))  # so that what runs is ended, and its folder removed
     recipe.update(builds=asked.builds, seconds=asked.seconds, profile=asked.profile, who=_me())
     found = probe.probe()
     _say("this device: %s" % _named(found))
@@ -48,9 +53,16 @@ def main(words: List[str]) -> int:
         if fault is not None:
             _failed(fault["what"], fault.get("fix"))
             return 4
-        kept = _keep_engine(recipe, result, folder, work)
+        return _written(recipe, result, found, folder, work)
+    except OSError as error:
+        return _failed("%s: %s" % (error.filename or folder, error.strerror or error), "make room for it")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _written(recipe: Dict[str, Any], result: Dict[str, Any], found: Dict[str, Any], folder: str, work: str) -> int:
+    """Write what was measured and built into the bundle, and show it."""
+    kept = _keep_engine(recipe, result, folder, work)
     document = {"format": 1, "probe": found, "result": result, "sha256": _hashes(recipe, folder), "engine": kept}
     part = os.path.join(folder, MEASUREMENT + ".part")
     with open(part, "w") as file:
@@ -64,7 +76,7 @@ def main(words: List[str]) -> int:
 def _done(recipe: Dict[str, Any], folder: str, work: str) -> Optional[Dict[str, Any]]:
     """Run the recipe as a job in a process of its own; None where it failed, which is said."""
     job = Job(os.path.join(work, "job"))
-    spec = dict(recipe, folder=folder, engines=os.path.join(work, "engines"))
+    spec = dict(recipe, folder=folder, engines=os.path.join(work, "engines"), lock=lock.path())
     job.start(spec)
     try:
         while True:

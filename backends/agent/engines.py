@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional
 
 from . import tensorrt_build, tensorrt_engine, tensorrt_identity, tensorrt_rules, trtexec, trtexec_engine, trtexec_run
 from .faults import Fault
+from .folders import digest
 from .opened import Opened, Tell
 
 #: Where engines lie, in the session's folder, and beside them the timing cache that all builds of a session share.
@@ -53,7 +54,8 @@ def built(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Dict[str, A
         return kept
     way = _way(model)
     here = _identity(way)
-    carried = _carried(model, way, here)
+    # another build is asked for to see how builds differ: what came along is one of them already
+    carried = None if model.get("build") else _carried(model, way, here)
     if carried is True:
         shutil.copyfile(model["files"]["engine"], path)
         if way == "trtexec":
@@ -101,6 +103,9 @@ def _build(model: Dict[str, Any], path: str, way: str, timings: str, tell: Tell)
         "version": done.version,
         "typing": done.typing,
         "source": os.path.basename(done.source),
+        "sha256": digest(done.source),
+        "precision": request.precision,
+        "shapes": options.get("shapes", {}),
         "flags": done.flags,
         "seconds": done.seconds,
         "bytes": done.size,
@@ -130,6 +135,8 @@ def _carried(model: Dict[str, Any], way: str, here: Dict[str, Any]) -> Any:
     saved = model.get("options", {}).get("carried")
     if not model["files"].get("engine") or not saved:
         return None
+    if saved.get("shapes", {}) != model["options"].get("shapes", {}):
+        return "the engine was built for inputs of other shapes"
     if way == "trtexec" and "beside" not in saved:
         return "the engine was not built by trtexec, which cannot tell what it reads"
     compared = {key: value for key, value in saved["identity"].items() if key in here}
@@ -166,7 +173,19 @@ def _binary() -> str:
 
 
 def _key(model: Dict[str, Any]) -> str:
-    """Return what tells engines of a session apart: the files, which lie in folders named by content, and options."""
+    """Return what tells engines of a session apart: the content of the files, whatever they are called, and options.
+
+    Weights outside an ONNX file lie in its folder, which is named by the content of all that lies there.
+    """
     files = {role: path for role, path in model["files"].items() if role != "timings"}
-    told = json.dumps([files, model.get("options", {}), model.get("build", 0)], sort_keys=True)
+    content = {role: [digest(path), _outside(path, list(files.values()))] for role, path in files.items()}
+    told = json.dumps([content, model.get("options", {}), model.get("build", 0)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:20]
+
+
+def _outside(path: str, files: List[str]) -> List[str]:
+    """Return the hashes of what lies beside a model in a session's folder of it."""
+    folder, known = os.path.dirname(path), {os.path.basename(one) for one in files}
+    if not folder.startswith("files" + os.sep):
+        return []
+    return [digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name not in known]

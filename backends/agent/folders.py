@@ -1,14 +1,18 @@
 """The folders of sessions in the device's temporary folder: whose they are, and which of them nobody owns any more."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
 import tempfile
+import time
 from contextlib import suppress
 from typing import IO, List, Optional
 
 PREFIX = "edgec-"
+#: Seconds in which a session that is taken over has no owner, at most.
+_TAKING = 60.0
 
 
 def locked(path: str) -> Optional[IO[str]]:
@@ -20,6 +24,15 @@ def locked(path: str) -> Optional[IO[str]]:
         file.close()
         return None
     return file
+
+
+def digest(path: str) -> str:
+    """Return the sha256 of a file's content, in hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for part in iter(lambda: file.read(1 << 20), b""):
+            found.update(part)
+    return found.hexdigest()
 
 
 def _folders() -> List[str]:
@@ -47,6 +60,9 @@ def sweep() -> None:
         owner = os.path.join(folder, "owner.lock")
         if not os.path.exists(owner):
             continue
+        taken = os.path.join(folder, "takeover")
+        if os.path.exists(taken) and time.time() - os.path.getmtime(taken) < _TAKING:
+            continue  # between two owners
         held = locked(owner)
         if held is None:
             continue
@@ -59,7 +75,8 @@ def sweep() -> None:
 
 def _processes(folder: str) -> List[int]:
     """Return the processes of a session's jobs that still run: those that hold their job's lock."""
-    found, jobs = [], os.path.join(folder, "jobs")
+    found: List[int] = []
+    jobs = os.path.join(folder, "jobs")
     for name in os.listdir(jobs) if os.path.isdir(jobs) else []:
         free = locked(os.path.join(jobs, name, "worker.lock"))
         if free is not None:

@@ -77,11 +77,14 @@ class Session(Opened):
             self._binding.bind_output(output.name, self._device)
 
     def call(self) -> None:
-        """Run once; on a GPU without copies."""
-        if self._binding is None:
-            self._session.run(None, self._arrays)
-        else:
-            self._session.run_with_iobinding(self._binding)
+        """Run once; on a GPU without copies. Fault where it fails on this input."""
+        try:
+            if self._binding is None:
+                self._session.run(None, self._arrays)
+            else:
+                self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # as above
+            raise Fault("it fails on this input: %s" % _first_line(error)) from error
 
     def sample(self) -> List[float]:
         """Time one call behind one that is not timed."""

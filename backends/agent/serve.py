@@ -15,7 +15,6 @@ Nothing that is written blocks: a link that stalls must not keep a new connectio
 """
 
 import errno
-import hashlib
 import os
 import re
 import select
@@ -27,7 +26,7 @@ from typing import Any, Dict, List, Optional
 
 from . import folders, frames, lock
 from .faults import Fault
-from .folders import locked
+from .folders import digest, locked
 from .jobs import Job
 
 #: Seconds without a word after which a connection counts as broken, and for which a broken one is waited for.
@@ -36,15 +35,6 @@ SILENCE, GRACE = 60.0, 120.0
 _SPARE = 32 << 20
 _NAME = re.compile(r"[^./\\\0][^/\\\0]*")
 _TICK = 0.05
-
-
-def digest(path: str) -> str:
-    """Return the sha256 of a file's content, in hexadecimal."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        for part in iter(lambda: file.read(1 << 20), b""):
-            found.update(part)
-    return found.hexdigest()
 
 
 class Session:

@@ -45,7 +45,11 @@ def identity(trt: Any = None, cuda: Optional[Cuda] = None, root: str = "/") -> I
     if trt is None:
         trt = imported()
     cuda = Cuda() if cuda is None else cuda
-    found = of_gpu(str(trt.__version__), cuda.capability(), cuda.bus_id().lower(), root)
+    try:
+        bus = cuda.bus_id().lower()
+    except Fault:
+        bus = ""  # a GPU on a chip may have none
+    found = of_gpu(str(trt.__version__), cuda.capability(), bus, root)
     found["cuda"] = "%d.%d" % cuda.version
     return found
 

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -95,7 +96,7 @@ def _watch(session: str) -> None:
             free.close()
         alone = alone + 1 if free is not None or not os.path.isdir(session) else 0
     shutil.rmtree(session, ignore_errors=True)
-    os._exit(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # with what it started, a trtexec that builds
 
 
 # ------------------------------------------------------------------------------------------------ kinds
@@ -112,8 +113,10 @@ def _measure(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]
         opened, entries = _opened(job, events)
         before = sensors.state()
         try:
+            for name, fault in _feed(job, opened).items():
+                entries[name] = {"fault": fault.message()}
+                opened.pop(name).close()
             if opened:
-                _feed(job, opened)
                 entries.update(measuring.measure(opened, job, sensors, events.tell))
             for name, seconds in _again(job, opened, events):
                 entries[name].setdefault("builds", []).append(seconds)
@@ -149,10 +152,13 @@ def _again(job: Dict[str, Any], opened: Dict[str, Opened], events: Events) -> Li
         for model in job["models"]:
             if model["runtime"] != "tensorrt" or model["name"] not in opened:
                 continue
-            one = engines.open_model(dict(model, build=n), job, events.tell)
             try:
-                _feed(job, {model["name"]: one})
-                found.append((model["name"], measuring.median_of(one, float(job.get("seconds", 4.0)) / 4)))
+                one = engines.open_model(dict(model, build=n), job, events.tell)
+            except Fault:
+                continue  # for want of memory: all are open already
+            try:
+                if not _feed(job, {model["name"]: one}):
+                    found.append((model["name"], measuring.median_of(one, float(job.get("seconds", 4.0)) / 4)))
             finally:
                 one.close()
     return found
@@ -164,8 +170,8 @@ def _run(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]:
     with _board(job, events):
         one = RUNTIMES[model["runtime"]](model, job, events.tell)
         try:
-            _feed(job, {model["name"]: one})
-            one.call()
+            for fault in _feed(job, {model["name"]: one}).values():
+                raise fault
             found = one.read()
         finally:
             one.close()
@@ -193,13 +199,20 @@ def _build(job: Dict[str, Any], folder: str, events: Events) -> Dict[str, Any]:
     return {"models": found, "files": files + engines.timings(job, folder)}
 
 
-def _feed(job: Dict[str, Any], opened: Dict[str, Opened]) -> None:
+def _feed(job: Dict[str, Any], opened: Dict[str, Opened]) -> Dict[str, Fault]:
+    """Give all their input and run each once; return what went wrong, by model."""
     tensors = {}
     for name, said in job["feed"].items():
         with open(said["file"], "rb") as file:
             tensors[name] = Tensor(said["dtype"], said["shape"], file.read())
-    for one in opened.values():
-        one.feed(tensors)
+    faults = {}
+    for name, one in opened.items():
+        try:
+            one.feed(tensors)
+            one.call()
+        except Fault as fault:
+            faults[name] = fault
+    return faults
 
 
 KINDS: Dict[str, Callable[[Dict[str, Any], str, Events], Dict[str, Any]]] = {

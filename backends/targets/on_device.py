@@ -105,7 +105,8 @@ class DeviceTarget:
         how = {"seconds": seconds, "extras": thorough, "builds": builds}
         batch = next((a.shape[0] for a in feed.values() if a.ndim), 1)
         threads = 0 if all(one.runtime == "tensorrt" for one in sent.values()) else threads  # the GPU has its own
-        return measurements(self._built("measure", sent, feed, how), baseline, target=self.url, threads=threads, batch=batch)
+        said = self._built("measure", sent, feed, how)
+        return measurements(said, baseline, target=self.url, threads=threads, batch=batch)
 
     def builds(self, runners: Mapping[str, Runner], feed: Mapping[str, np.ndarray]) -> dict[str, Refused | None]:
         """Build engines there for such inputs, and return for each why it does not build, None where it does."""
@@ -258,6 +259,8 @@ def _missing(name: str, url: str, fault: Mapping[str, Any]) -> Measurement:
 
 def _told(measured: Measurement, one: Mapping[str, Any], notes: tuple[str, ...]) -> Measurement:
     """Return a measurement with what the device told beside it."""
+    built = one.get("built") or {}
+    said = [line for line in (one.get("beside"), *built.get("warnings", ())[:2]) if line]
     told = OnDevice(
         with_copies_ms=one.get("with_copies_ms"),
         throughput=one.get("throughput"),
@@ -265,8 +268,8 @@ def _told(measured: Measurement, one: Mapping[str, Any], notes: tuple[str, ...])
         watts=one.get("watts"),
         rail=one.get("rail"),
         builds_ms=tuple(one.get("builds") or ()),
-        engine=_engine(one.get("built")),
-        notes=(*notes, *(f"{measured.name}: {line}" for line in (one.get("built") or {}).get("warnings", ())[:2])),
+        engine=_engine(built),
+        notes=(*notes, *(f"{measured.name}: {line}" for line in said)),
     )
     return replace(measured, on_device=told)
 

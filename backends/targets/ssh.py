@@ -64,7 +64,7 @@ _SAID: tuple[tuple[str, str, str], ...] = (
         "make room there",
     ),
     (r"edgec: (.*)", "{said}", "see that the device's temporary folder can be written"),
-    (r"Bad configuration option|command-line line 0", "ssh does not know its options", "install OpenSSH 7 or later"),
+    (r"Bad configuration option|command-line line 0", "ssh does not know its options", "install OpenSSH 7.6 or later"),
     (r"ssh: No such file|ssh: The system cannot find", "there is no ssh here", "install OpenSSH's client"),
 )
 
@@ -111,6 +111,8 @@ def command(host: str, user: str | None, port: int | None, *, shared: bool = Tru
         "ServerAliveCountMax": "6",
         "Compression": "no",  # models do not get smaller by it, and a board's CPU is slow
         "LogLevel": "ERROR",
+        "RemoteCommand": "none",  # a configuration may have one for the host, and ssh takes only one
+        "ClearAllForwardings": "yes",
         **_sharing(shared),
     }
     if not sys.stdin.isatty():

@@ -7,6 +7,7 @@ run. Which of them is built from is the device's to say: it knows its version.
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 from ...compiler.types import Artifact
@@ -35,7 +36,11 @@ def shipped(artifact: Artifact) -> Shipped:
     options: dict[str, object] = {"precision": artifact.precision}
     engine, said = artifact.folder / ENGINE, artifact.folder / SAID
     if engine.is_file() and said.is_file():
-        files["engine"] = engine
-        options["carried"] = json.loads(said.read_text(encoding="utf-8"))
+        carried = json.loads(said.read_text(encoding="utf-8"))
+        of = [sha256(path.read_bytes()).hexdigest() for path in files.values()]
+        # a folder has more ONNX files than the one that the engine was built from
+        if carried.get("sha256") in of and carried.get("precision") == artifact.precision:
+            files["engine"] = engine
+            options["carried"] = carried
     return Shipped("tensorrt", files, beside, inputs, outputs, "TensorRT", options)
 
