@@ -83,6 +83,16 @@ def test_a_backend_that_the_device_lacks_is_said_before_anything_is_done(server,
 
 
 @needs_sshd
+def test_latency_cannot_be_saved_where_no_layer_is_timed(server, tiny, tmp_path, edgec):
+    done = edgec(
+        "compile", tiny / "model.onnx", "-o", tmp_path / "out", "--target", "ssh://device", "--calib", tiny / "images",
+        "--prune", "latency:20%", env=server.environment,
+    )  # fmt: skip
+    assert done.returncode == 2 and "layers are timed on this machine only" in done.stderr
+    assert "macs:30%" in done.stderr and server.gone()
+
+
+@needs_sshd
 def test_bench_compares_two_files_on_the_device(server, tiny, bundle, edgec):
     done = edgec(
         "bench", tiny / "model.onnx", "--against", tiny / "model.onnx", "--target", "ssh://device", "--seconds", 0.5,

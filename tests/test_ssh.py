@@ -18,7 +18,7 @@ from conftest import classifier
 from edgec.backends import base, targets
 from edgec.backends.targets import device as devices_session
 from edgec.backends.targets import link as links
-from edgec.backends.targets import ssh
+from edgec.backends.targets import on_device, ssh
 from edgec.compiler import devices
 from edgec.compiler.errors import UnavailableError, UserError
 
@@ -387,7 +387,7 @@ def test_a_job_that_crashes_is_a_sentence(server, model):
 @needs_sshd
 def test_two_runs_at_once_take_turns_and_the_second_hears_of_the_first(server, model):
     first, second, said, done = _target(), _target(heard := []), [], []
-    first._who, first.device.progress = "alice@laptop", lambda *now: said.append(now)
+    first.device.progress = lambda *now: said.append(now)
 
     def long():
         done.append(_measure(first, model, seconds=3.0))
@@ -398,7 +398,7 @@ def test_two_runs_at_once_take_turns_and_the_second_hears_of_the_first(server, m
     done.append(_measure(second, model, seconds=0.2))
     thread.join()
     assert done[0]["a"].runs > done[1]["a"].runs, "the second did not wait"
-    assert any("waiting for the run of alice@laptop" in stage for stage, *_ in heard)
+    assert any(f"waiting for the run of {on_device.me()}" in stage for stage, *_ in heard)
     first.close(), second.close()
 
 

@@ -6,9 +6,11 @@ One measurement is one job with all that is compared, so that all of it runs int
 from __future__ import annotations
 
 import functools
+import getpass
 import hashlib
 import json
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -63,9 +65,9 @@ class DeviceTarget:
 
     is_here = False
 
-    def __init__(self, url: str, connect: Connect, progress: Progress = silent, *, who: str = "edgec") -> None:
+    def __init__(self, url: str, connect: Connect, progress: Progress = silent) -> None:
         """Take a way to connect; nothing is connected yet."""
-        self.url, self.device, self._who = url, Device(url, connect, progress), who
+        self.url, self.device, self._who = url, Device(url, connect, progress), me()
 
     @functools.cached_property
     def probed(self) -> Mapping[str, Any]:
@@ -285,3 +287,12 @@ def _engine(built: Mapping[str, Any] | None) -> str | None:
     by = " by trtexec" if built.get("with") == "trtexec" else ""
     again = f" (anew: {built['rebuilt']})" if built.get("rebuilt") else ""
     return f"TensorRT {built['version']}{by}, {how}{again}"
+
+
+def me() -> str:
+    """Return who asks, as a device's other users are told: user@machine."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        user = "somebody"
+    return f"{user}@{socket.gethostname()}"

@@ -8,11 +8,9 @@ GIT_SSH_COMMAND is.
 from __future__ import annotations
 
 import functools
-import getpass
 import os
 import re
 import shlex
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -168,12 +166,3 @@ def _explained(url: str, destination: str, code: int | None, said: str) -> Unava
         return UnavailableError(f"no answer from the device {last}".strip(), where=url, fix=f"try: ssh {destination}")
     what = f"ssh ended with code {code}" + (f": {last}" if last else "")
     return UnavailableError(what, where=url, fix=f"try: ssh {destination}")
-
-
-def me() -> str:
-    """Return who asks, as a device's other users are told: user@machine."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        user = "somebody"
-    return f"{user}@{socket.gethostname()}"
