@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from edgec.backends import tensorrt
@@ -81,3 +82,25 @@ def test_what_was_measured_to_need_float32_stays(tmp_path):
     model = model_io.load(tmp_path / "model-float16.onnx")
     (add,) = [n for n in model.graph if n.op_type == "Add"]
     assert add.outputs[0].dtype == ir.DataType.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("zero", "stored", "why"),
+    [
+        ("uint8 z = {0}", False, "uint8"),
+        (None, False, "uint8"),
+        ("int8 z = {0}", True, "stored in integers"),
+        ("int8 z = {0}", False, None),
+    ],
+)
+@pytest.mark.parametrize(("device", "refuses"), [("jetson-agx-xavier-32gb", True), ("jetson-orin-nano-8gb", False)])
+def test_quantized_models_are_refused_where_the_devices_version_does_not_read_them(zero, stored, why, device, refuses):
+    third = ", z" if zero else ""
+    q = "" if stored else f"q = QuantizeLinear (x, s{third})"
+    constants = ", ".join(filter(None, ("float s = {0.1}", zero, "int8[4] q = {1, 2, 3, 4}" if stored else None)))
+    text = f'<ir_version: 8, opset_import: ["" : 13]> g (float[4] x) => (float[4] y) <{constants}> {{'
+    text += f"{q} d = DequantizeLinear (q, s{third}) y = Add (x, d) }}"
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    found = tensorrt.TensorRT().check(model, devices.find(device))
+    assert bool(found) is (refuses and why is not None)
+    assert all(why in refusal.why for refusal in found)

@@ -134,12 +134,12 @@ class TensorRT:
         return next(opset for before, opset in OPSETS if found < before)
 
     def check(self, model: ir.Model, profile: DeviceProfile) -> tuple[Refusal, ...]:
-        """Return the operators that TensorRT's parser refuses."""
-        refused = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+        """Return the operators that TensorRT's parser refuses, and Q/DQ of the model's own that version 8 does."""
+        version = profile.toolchain.get("tensorrt")
+        old = None if version is None or _numbers(version) >= (FEW_BITS_FROM, 0) else version
+        found = ((node, _objection(node, old)) for node in model.graph.all_nodes())
         return tuple(
-            Refusal(node.name or node.op_type, "tensorrt-operator", f"TensorRT has no {node.op_type}")
-            for node in model.graph.all_nodes()
-            if node.op_type in refused
+            Refusal(node.name or node.op_type, "tensorrt-operator", why) for node, why in found if why is not None
         )
 
     def lower(self, model: Path, profile: DeviceProfile, precision: str) -> Artifact:
@@ -168,6 +168,25 @@ class TensorRT:
     def shipped(self, artifact: Artifact, threads: int) -> Shipped:
         """Return the ONNX files, of which the device takes the one that its version wants, and the engine if any."""
         return shipping.shipped(artifact)
+
+
+_REFUSED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+_UNSIGNED = "its zero point is uint8, or missing, which means that: TensorRT {} reads int8 only"
+
+
+def _objection(node: ir.Node, old: str | None) -> str | None:
+    """Return why the parser refuses a node; `old` is a version before 10, None for later and unknown ones."""
+    if node.op_type in _REFUSED:
+        return f"TensorRT has no {node.op_type}"
+    if old is None or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        return None
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero is None or (zero.dtype is not None and zero.dtype.name == "UINT8"):
+        return _UNSIGNED.format(old)
+    what = node.inputs[0]
+    if node.op_type == "DequantizeLinear" and what is not None and what.const_value is not None:
+        return f"its weight is stored in integers, which TensorRT {old} does not read"
+    return None
 
 
 def _too_old(profile: DeviceProfile, instead: str) -> str | None:
