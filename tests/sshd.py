@@ -96,7 +96,7 @@ class Sshd:
             f"Port {self.port}\nListenAddress 127.0.0.1\n"
             f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
             f"StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            f"ForceCommand /bin/sh {force}\n"
+            f"MaxStartups 100\nMaxSessions 100\nForceCommand /bin/sh {force}\n"
         )
         self.known, self.client = folder / "known_hosts", folder / "ssh_config"
         self.trust()

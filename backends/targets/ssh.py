@@ -51,6 +51,11 @@ _SAID: tuple[tuple[str, str, str], ...] = (
         "check that the device is on, in this network, and its address",
     ),
     (
+        r"kex_exchange_identification|Connection reset by|Connection closed by",
+        "its sshd hangs up before the login",
+        "try again in a moment; look at sshd's log there, and at hosts.deny and MaxStartups",
+    ),
+    (
         r"python3: (command )?not found|command not found: python3|python3: No such file|Unknown command.*python3",
         "there is no python3 on the device",
         "install it there: sudo apt install python3",
