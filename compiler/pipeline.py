@@ -30,7 +30,7 @@ def exact_passes(opset: int | None = None, newest: int | None = None) -> list[Pa
     `opset` is the lowest that is needed, `newest` the highest that the backend reads; None for any.
     """
     raise_opset = registry.load("raise-opset")(target=opset) if opset else None  # type: ignore[call-arg]  # each pass has options of its own
-    lower = registry.load("lower-opset")(target=max(newest, opset or 0)) if newest else None  # type: ignore[call-arg]
+    lower = registry.load("lower-opset")(target=max(newest, opset or 0)) if newest else None  # type: ignore[call-arg]  # as above
     passes = [raise_opset, registry.load("normalise")(), registry.load("fold-batch-norm")(), lower]
     return [p for p in passes if p is not None]
 

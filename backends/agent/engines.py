@@ -19,10 +19,8 @@ from .opened import Opened, Tell
 FOLDER, TIMINGS = "engines", "timing.cache"
 #: Seconds that trtexec measures in one block.
 _BLOCK = 2.0
-_NEITHER = (
-    "the device has neither TensorRT's Python module nor trtexec; "
-    "on a Jetson: sudo apt install nvidia-jetpack, on a desktop: pip install tensorrt"
-)
+_NEITHER = "the device has neither a TensorRT for its python3 nor trtexec"
+_INSTALL = "on a Jetson: sudo apt install nvidia-jetpack; on a desktop: python3 -m pip install tensorrt"
 
 
 def open_model(model: Dict[str, Any], job: Dict[str, Any], tell: Tell) -> Opened:
@@ -149,26 +147,21 @@ def _way(model: Dict[str, Any]) -> str:
     if asked in ("python", "trtexec"):
         return str(asked)
     try:
-        import tensorrt
-    except Exception:  # a broken installation raises what it likes
-        tensorrt = None
-    if tensorrt is not None and hasattr(tensorrt, "Builder") and _named_tensors(tensorrt):
+        version = tensorrt_rules.parse(tensorrt_identity.imported().__version__)
+        why = None if tensorrt_rules.has(version, "named_tensors") else "its Python module is older than 8.5"
+    except Fault as fault:
+        why = fault.what
+    if why is None:
         return "python"
     if trtexec.find() is not None:
         return "trtexec"
-    raise Fault(_NEITHER)
-
-
-def _named_tensors(trt: Any) -> bool:
-    """Say whether this module has named tensors, which came with 8.5; JetPack 4's 8.2 is used through trtexec."""
-    numbers: List[int] = [int(part) for part in str(trt.__version__).split(".")[:2] if part.isdigit()]
-    return tuple(numbers) >= (8, 5)
+    raise Fault("%s (%s)" % (_NEITHER, why), _INSTALL)
 
 
 def _binary() -> str:
     found = trtexec.find()
     if found is None:
-        raise Fault(_NEITHER)
+        raise Fault("the device has no trtexec", _INSTALL)
     return str(found)
 
 

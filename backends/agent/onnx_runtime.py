@@ -61,13 +61,8 @@ class Session(Opened):
         """Take an input. Fault where one is missing."""
         import numpy as np
 
-        missing = [i.name for i in self.inputs if i.name not in tensors]
-        if missing:
-            raise Fault("the model's input %s was not given" % missing[0])
-        self._arrays = {
-            i.name: np.frombuffer(tensors[i.name].data, tensors[i.name].dtype).reshape(tensors[i.name].shape)
-            for i in self.inputs
-        }
+        given = zip(self.inputs, self.given(tensors))
+        self._arrays = {i.name: np.frombuffer(one.data, one.dtype).reshape(one.shape) for i, one in given}
         if self._device == "cpu":
             return
         self._binding = self._session.io_binding()
@@ -83,15 +78,8 @@ class Session(Opened):
                 self._session.run(None, self._arrays)
             else:
                 self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # as above
+        except Exception as error:  # its exceptions have no common class of their own
             raise Fault("it fails on this input: %s" % _first_line(error)) from error
-
-    def sample(self) -> List[float]:
-        """Time one call behind one that is not timed."""
-        self.call()
-        start = time.perf_counter()
-        self.call()
-        return [(time.perf_counter() - start) * 1e3]
 
     def with_copies(self) -> Optional[float]:
         """Time a call with its copies; a CPU has none."""

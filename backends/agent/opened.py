@@ -1,7 +1,9 @@
 """What the runtimes have in common once a model is opened."""
 
+import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+from .faults import Fault
 from .tensors import Described, Tensor
 
 #: Told how far something is: what, how much is done, of how much (None: not known).
@@ -33,13 +35,23 @@ class Opened:
         """Take an input; its shapes may be new. It stays until another one is given."""
         raise NotImplementedError
 
+    def given(self, tensors: Dict[str, Tensor]) -> List[Tensor]:
+        """Return the inputs in the model's order. Fault where one is missing."""
+        missing = [one.name for one in self.inputs if one.name not in tensors]
+        if missing:
+            raise Fault("the model's input %s was not given" % missing[0])
+        return [tensors[one.name] for one in self.inputs]
+
     def call(self) -> None:
         """Run once, to the end."""
         raise NotImplementedError
 
     def sample(self) -> List[float]:
         """Return milliseconds of calls: one call untimed, then one timed; of many calls where `in_blocks`."""
-        raise NotImplementedError
+        self.call()
+        start = time.perf_counter()
+        self.call()
+        return [(time.perf_counter() - start) * 1e3]
 
     def with_copies(self) -> Optional[float]:
         """Return the milliseconds of a call with its inputs brought in and its outputs fetched."""

@@ -37,7 +37,8 @@ TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
 #: Seconds that an import has; on a Nano's SD card ONNX Runtime takes many.
 _IMPORT = 60.0
 
-#: Asked of a Python: the versions of packages by their metadata, and which modules can be found.
+#: Asked of a Python: the versions of packages by their metadata, and which modules can be found. Damaged metadata and
+#: finders raise what they like, and one package's shall not hide the others: such a version is not known.
 _PACKAGES = """
 import json, sys
 from importlib import util

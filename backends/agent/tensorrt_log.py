@@ -38,7 +38,7 @@ def logger(trt: Any) -> Any:
     """Return the process's logger for this module; its `lines` are (severity, message), warnings and errors only."""
     if id(trt) not in _loggers:
 
-        class Log(trt.ILogger):  # type: ignore[misc]
+        class Log(trt.ILogger):  # type: ignore[misc]  # its module has no types
             """Keeps what matters instead of printing it."""
 
             def __init__(self) -> None:

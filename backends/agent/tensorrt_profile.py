@@ -10,7 +10,7 @@ from .opened import Kernel
 def times(trt: Any) -> Any:
     """Return a profiler for an execution context; `reported` has (name, milliseconds) in the kernels' order."""
 
-    class Times(trt.IProfiler):  # type: ignore[misc]
+    class Times(trt.IProfiler):  # type: ignore[misc]  # its module has no types
         """Collects what is reported."""
 
         def __init__(self) -> None:

@@ -11,7 +11,7 @@ def monitor(trt: Any, tell: Tell) -> Any:
     `raised` is what `tell` raised, None while it raised nothing; the build is stopped then.
     """
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # its module has no types
         """Tells how far each phase of the build is."""
 
         def __init__(self) -> None:

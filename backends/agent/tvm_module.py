@@ -5,8 +5,7 @@ What stands beside the library, <library>.json, says what it reads and gives, an
 
 import json
 import os
-import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
 from .faults import Fault
 from .opened import Opened, Tell
@@ -45,7 +44,7 @@ class Module(Opened):
             library = tvm.runtime.load_module(os.path.abspath(path))
             devices = [self._device] if said["device"] == "cpu" else [self._device, tvm.cpu()]
             self._machine = relax.VirtualMachine(library, devices)
-        except Exception as error:
+        except Exception as error:  # TVM raises what it likes
             fix = "compile for the device's own processor: --device"
             raise Fault("TVM cannot load the module there: %s" % str(error).strip().splitlines()[0], fix) from error
 
@@ -53,24 +52,13 @@ class Module(Opened):
         """Take an input. Fault where one is missing."""
         import numpy as np
 
-        missing = [i.name for i in self.inputs if i.name not in tensors]
-        if missing:
-            raise Fault("the model's input %s was not given" % missing[0])
-        given = [tensors[i.name] for i in self.inputs]
-        arrays = [np.frombuffer(t.data, t.dtype).reshape(t.shape) for t in given]
+        arrays = [np.frombuffer(t.data, t.dtype).reshape(t.shape) for t in self.given(tensors)]
         self._machine.set_input("main", *[self._tvm.runtime.tensor(a, self._device) for a in arrays])
 
     def call(self) -> None:
         """Run once."""
         self._machine.invoke_stateful("main")
         self._device.sync()
-
-    def sample(self) -> List[float]:
-        """Time one call behind one that is not timed."""
-        self.call()
-        start = time.perf_counter()
-        self.call()
-        return [(time.perf_counter() - start) * 1e3]
 
     def with_copies(self) -> Optional[float]:
         """Return None: on a CPU nothing is copied."""

@@ -77,7 +77,7 @@ def work(folder: str) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "the device's disk is full" if full else "%s: %s" % (error.filename, error.strerror or error)
         events.add({"event": "fault", "what": what, "fix": "make room on the device" if full else None, "nodes": []})
-    except Exception:
+    except Exception:  # a fault of ours: the other end raises it with this traceback
         events.add({"event": "bug", "what": traceback.format_exc()})
         return 1
     finally:

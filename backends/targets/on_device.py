@@ -178,7 +178,7 @@ class DeviceTarget:
 
     @functools.cached_property
     def _timings(self) -> Path:
-        """Where TensorRT's timings for this device and version are kept: builds take a fraction with them."""
+        """Where TensorRT's timings for this device and version are kept: builds need not take them again."""
         told = [self.probed.get(key) for key in ("tensorrt", "trtexec", "model", "gpus", "sm", "driver", "cuda", "l4t")]
         name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
         return Path(platformdirs.user_cache_dir("edgec")) / "tensorrt" / f"{name}.cache"
