@@ -44,7 +44,7 @@ def _elsewhere(job: Job) -> tuple[str, ...]:
     if scheme.simulated:
         name = text.precision(job.options.precision)
         return (f"{name} was simulated: numbers are rounded as it rounds them, and computed with as FP32",)
-    here = f"quality was judged on this machine, which is not a {job.profile.title}"
+    here = f"quality was judged on this machine, not on the {job.profile.title}"
     elsewhere = job.target is None or not job.target.is_here
     return (f"{here}: the device's kernels may round otherwise",) if elsewhere and not job.profile.is_local else ()
 

@@ -177,7 +177,7 @@ def test_a_slow_link_takes_longer_and_no_more(server, model):
 # ------------------------------------------------------------------------------------------- no way in
 
 
-def _refused(fix=None):
+def _refused():
     with pytest.raises(UnavailableError) as error:
         _target().check()
     assert error.value.exit_code == 4 and error.value.fix

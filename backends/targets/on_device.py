@@ -35,7 +35,6 @@ _NEEDS = {
     "tvm": (("tvm",), "TVM runtime for its python3"),
 }
 _NOTHING: Mapping[str, Any] = {}
-_AS_IS: Mapping[str, Any] = {}
 #: A model whose measurement takes so many seconds, at least, also tells copies, throughput and power.
 _THOROUGH = 3.0
 
@@ -184,7 +183,7 @@ class DeviceTarget:
         return Path(platformdirs.user_cache_dir("edgec")) / "tensorrt" / f"{name}.cache"
 
     def _built(
-        self, kind: str, sent: Mapping[str, Shipped], feed: Mapping[str, np.ndarray], how: Mapping[str, Any] = _AS_IS
+        self, kind: str, sent: Mapping[str, Shipped], feed: Mapping[str, np.ndarray], how: Mapping[str, Any] = _NOTHING
     ) -> dict[str, Any]:
         """Ask for what builds engines, and keep the timings that it took."""
         with TemporaryDirectory() as work:
@@ -206,7 +205,7 @@ class DeviceTarget:
         kind: str,
         sent: Mapping[str, Shipped] = _NOTHING,
         feed: Mapping[str, np.ndarray] = _NOTHING,
-        how: Mapping[str, Any] = _AS_IS,
+        how: Mapping[str, Any] = _NOTHING,
         folder: Path | None = None,
     ) -> dict[str, Any]:
         """Run a job; all of it once more where the device forgot the session, as after a long time without a line."""
